@@ -1,0 +1,43 @@
+"""Agents that learn in textenv: one file per algorithm, read top to bottom."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agents.base import Agent, AgentConfig, CheckpointError, LanguageModelAgent
+    from agents.ppo import PPO, PPOConfig
+    from agents.uniform import RandomAgent
+
+AGENTS = {"PPO": "agents.ppo", "RandomAgent": "agents.uniform"}
+"""Every agent and its file."""
+
+_LAZY = AGENTS | {
+    "Agent": "agents.base",
+    "AgentConfig": "agents.base",
+    "CheckpointError": "agents.base",
+    "LanguageModelAgent": "agents.base",
+    "PPOConfig": "agents.ppo",
+}
+
+__all__ = [
+    "AGENTS",
+    "PPO",
+    "Agent",
+    "AgentConfig",
+    "CheckpointError",
+    "LanguageModelAgent",
+    "PPOConfig",
+    "RandomAgent",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'agents' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

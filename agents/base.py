@@ -1,0 +1,555 @@
+"""What all agents share: the verbs that do not differ between algorithms. The loops are in the agents' own files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
+from stable_baselines3.common.logger import Logger, configure
+
+from agents.policy import Policy
+from agents.rollout import StopTraining, run_prompts
+from textenv.env import TextVectorEnv
+from textenv.ledger import Episodes
+from textenv.prompts import Prompts, did_you_mean, encode_prompt
+from textenv.task import quiet_loading
+
+MaybeCallback = None | Callable[[dict[str, Any], dict[str, Any]], bool] | BaseCallback | list[BaseCallback]
+
+AGENT_FILE, TRAINER_FILE, POLICY_DIR, CRITIC_FILE = "agent.json", "trainer.pt", "policy", "critic.safetensors"
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """The verbs of stable-baselines3, which its models satisfy untouched."""
+
+    def learn(self, total_timesteps: int, callback: Any = None, progress_bar: bool = False) -> Any:
+        """Train for so many environment steps."""
+        ...
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """Actions for observations."""
+        ...
+
+    def save(self, path: Any) -> None:
+        """Write a checkpoint."""
+        ...
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or of something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """Settings that every agent has."""
+
+    learning_rate: float | None = None
+    """Adam's step size. Default: 0.05 / hidden size (4e-4 at width 128, 6.5e-5 at 768): Adam's steps should shrink with
+    width (Yang et al., 2022, https://arxiv.org/abs/2203.03466)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    top_k: int | None = None
+    """Sample from the k most probable tokens (scored and trained under the same truncation)."""
+    top_p: float | None = None
+    """Sample from the smallest set of tokens of this probability (scored and trained under the same truncation)."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"Expected {name} > 0, got {value!r}.")
+
+
+class LanguageModelAgent:
+    """An agent whose policy is the environment's language model.
+
+    Args:
+        env: A textenv vector environment (wrapped or not). The policy starts as its reference model.
+        seed: Of sampling, minibatches and the environment's lanes.
+        log_dir: Where `progress.csv` (and tensorboard's files, where installed) go; None logs nothing to disk.
+        verbose: 1 prints each iteration's figures.
+        config: The agent's config dataclass; or give its fields as keywords.
+
+    Attributes:
+        policy: What acts. It has `log_probs`, so any environment can pay its KL.
+        num_timesteps: Environment steps (tokens) so far.
+        history: The logged figures of each iteration.
+    """
+
+    Config: ClassVar[type[AgentConfig]] = AgentConfig
+    kl_placement: ClassVar[str] = "reward"
+    """Where the agent's KL lives: `"reward"` (the environment pays it), `"loss"` or `"none"`."""
+
+    def __init__(
+        self,
+        env: gym.vector.VectorEnv[Any, Any, Any],
+        *,
+        seed: int | None = None,
+        log_dir: str | Path | None = None,
+        verbose: int = 0,
+        config: AgentConfig | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.env = _checked_env(env)
+        self.lanes: TextVectorEnv = env.unwrapped  # type: ignore[assignment]
+        self.config = make_config(type(self), config, overrides)
+        self.seed = seed
+
+        seeds = np.random.SeedSequence(seed).spawn(2)
+        self.rng, self._predict_rng = (np.random.default_rng(child) for child in seeds)
+        self.policy = Policy(self.lanes.reference, self.config.top_k, self.config.top_p)
+        self.lanes.attach_policy(self.policy, pay=self.kl_placement == "reward")
+        self.env.reset(seed=seed)
+
+        self.num_timesteps = 0
+        self.accounts = dict.fromkeys(("gradient_tokens", "optimizer_steps", "reward_calls", "reference_tokens"), 0)
+        self.history: list[dict[str, float]] = []
+        self._target_timesteps = 0
+        self._seconds = 0.0
+        self.logger: Logger = configure(str(log_dir) if log_dir else None, _formats(log_dir, verbose))
+
+    # ------------------------------------------------------------------ acting
+
+    def predict(
+        self,
+        observation: NDArray[np.int64],
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+    ) -> tuple[Any, Any]:
+        """The next token of each observation.
+
+        Args:
+            observation: Shape: (N, L), or (L,) for one.
+            state: Passed through: the observation is the whole state.
+            episode_start: Ignored, for the same reason.
+            deterministic: The most probable token instead of a sample.
+
+        Returns:
+            Actions, shape (N,) or (), and `state`.
+        """
+        observation = np.asarray(observation)
+        actions, _ = self.policy.act(np.atleast_2d(observation), self._predict_rng, deterministic)
+        return (actions if observation.ndim == 2 else actions[0]), state
+
+    def generate(self, prompts: Sequence[Any], deterministic: bool = False, batch_size: int = 64) -> list[str]:
+        """Complete prompts.
+
+        Args:
+            prompts: Texts or message lists.
+            deterministic: Take the most probable token each time.
+            batch_size: Lanes.
+
+        Returns:
+            One completion per prompt.
+        """
+        if not len(prompts):
+            return []
+        if isinstance(prompts, str):
+            raise ValueError("Expected a list of prompts, got one string: pass [prompt].")
+        task, behaviour = self.lanes.task, self.lanes.behaviour
+        ids = [encode_prompt(task.tokenizer, prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+        longest = max(len(row) for row in ids)
+        task = replace(task, prompts=Prompts(list(prompts), ids), reward=None, max_prompt_tokens=longest)
+        lanes = min(batch_size, len(ids))
+        env = TextVectorEnv(lanes, task, beta=0.0, temperature=behaviour.temperature, action_mask=behaviour.action_mask)
+        return env.completions(run_prompts(self, env, np.arange(len(ids)), deterministic))
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Reseed `predict` and `generate` (training draws from a generator of its own)."""
+        self._predict_rng = np.random.default_rng(seed)
+
+    # ------------------------------------------------------------------ learning: what surrounds the loops
+
+    def start_learning(self, total_timesteps: int, callback: MaybeCallback, progress_bar: bool) -> Learning:
+        """Open a session of learning: a context manager that counts, shows progress, and calls back."""
+        if total_timesteps < 1:
+            raise ValueError(f"Expected total_timesteps >= 1, got {total_timesteps}.")
+        return Learning(self, total_timesteps, callback, progress_bar)
+
+    def optimizer(self, *modules: torch.nn.Module) -> torch.optim.Adam:
+        """Adam over the policy (and further modules), with InstructGPT's betas and the eps of Ziegler's code."""
+        parameters = [*self.policy.parameters(), *(p for module in modules for p in module.parameters())]
+        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-5)
+
+    @property
+    def learning_rate(self) -> float:
+        """Adam's step size."""
+        if self.config.learning_rate is not None:
+            return self.config.learning_rate
+        return 0.05 / float(self.policy.model.config.get_text_config().hidden_size)
+
+    def apply_gradients(self, optimizer: torch.optim.Optimizer) -> float:
+        """Clip, step, and tell the caches. Returns the gradient's norm before clipping."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
+        if not np.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient's norm is {norm}; weights are left as they were. Lower the learning rate."
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.policy.invalidate()
+        self.accounts["optimizer_steps"] += 1
+        return norm
+
+    def log_rollout(self, episodes: Episodes) -> None:
+        """Record what the episodes say, under the names all agents share (docs/logged-figures.md)."""
+        self.accounts["reward_calls"] += len(episodes)
+        self.accounts["reference_tokens"] += int(episodes.response_length.sum())
+        n = episodes.response_length
+        figures = {
+            "rollout/task_reward": episodes.task_reward.mean(),
+            "rollout/return": episodes.rewards.sum(axis=1).mean(),
+            "rollout/kl": episodes.kl.mean(),
+            "rollout/response_length": n.mean(),
+            "rollout/finished": (episodes.finish_reason == "stop").mean(),
+            "rollout/beta": self.lanes.kl.beta,
+        }
+        for name, values in episodes.components.items():
+            if not np.isnan(values).all():
+                figures[f"reward/{name}"] = np.nanmean(values)
+        if self.lanes.reward is not None:
+            figures |= {f"reward/{name}": value for name, value in self.lanes.reward.pop_metrics().items()}
+        for name, value in figures.items():
+            self.logger.record(name, float(value))
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def trained_modules(self) -> dict[str, torch.nn.Module]:
+        """Modules beside the policy that a checkpoint must hold."""
+        return {}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Optimisers that a checkpoint must hold."""
+        return {}
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint directory, all of it or nothing.
+
+        `policy/` loads with `AutoModelForCausalLM.from_pretrained`; `critic.safetensors` holds what else was trained;
+        `trainer.pt` what resuming needs (it loads with `weights_only=True`); `agent.json` says what it is.
+        """
+        path = Path(path)
+        if path.exists() and not (path / AGENT_FILE).exists() and (path.is_file() or any(path.iterdir())):
+            raise CheckpointError(f"{path} exists and is no checkpoint: choose another path, or remove it.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        scratch.chmod(0o755)  # mkdtemp makes it private
+        try:
+            with quiet_loading():
+                self.policy.model.save_pretrained(scratch / POLICY_DIR)
+            self.lanes.tokenizer.save_pretrained(scratch / POLICY_DIR)
+            tensors = {
+                f"{name}.{key}": value.contiguous()
+                for name, module in self.trained_modules().items()
+                for key, value in module.state_dict().items()
+            }
+            if tensors:
+                save_file(tensors, scratch / CRITIC_FILE)
+            torch.save(self._trainer_state(), scratch / TRAINER_FILE)
+            about = {
+                "agent": type(self).__name__,
+                "config": asdict(self.config),
+                "seed": self.seed,
+                "num_timesteps": self.num_timesteps,
+                "env": self.lanes.spec.id if self.lanes.spec else None,
+                "vocab_size": self.lanes.vocab_size,
+                "versions": {name: version(name) for name in ("torch", "transformers", "gymnasium")},
+                "history": self.history,
+            }
+            (scratch / AGENT_FILE).write_text(json.dumps(about, indent=1))
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(scratch, path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    @classmethod
+    def load(cls, path: str | Path, env: gym.vector.VectorEnv[Any, Any, Any], **kwargs: Any) -> Self:
+        """Go on from a checkpoint, exactly: N steps, this, and N steps give the weights of 2N steps (on a CPU).
+
+        Args:
+            path: What `save` wrote.
+            env: An environment with the same model and task. With the same number of lanes its state is restored as well.
+            kwargs: `log_dir`, `verbose`; the config comes from the checkpoint.
+
+        Raises:
+            CheckpointError: Missing, damaged, unsafe, or of another agent or model.
+        """
+        path = Path(path)
+        about = read_about(path)
+        if about["agent"] != cls.__name__:
+            raise CheckpointError(f"{path} is a checkpoint of {about['agent']}: load it with {about['agent']}.load.")
+        agent = cls(env, seed=about["seed"], **about["config"], **kwargs)
+        agent._load_tensors(path)
+        try:
+            state = torch.load(path / TRAINER_FILE, weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"{path / TRAINER_FILE} cannot be read ({type(error).__name__}): it is truncated, or holds objects that plain "
+                "checkpoints do not (which are never unpickled). Take another checkpoint; policy/ may still load by itself."
+            ) from error
+        agent._restore(state)
+        agent.history = about["history"]
+        return agent
+
+    def _load_tensors(self, path: Path) -> None:
+        policy_file = path / POLICY_DIR / "model.safetensors"
+        expected = self.policy.model.state_dict()
+        tied = set(expected) - set(_unshared(expected))
+        _load_into(self.policy.model, policy_file, optional=tied)
+        modules = self.trained_modules()
+        if modules:
+            stored = _read_tensors(path / CRITIC_FILE)
+            for name, module in modules.items():
+                part = {key.removeprefix(f"{name}."): t for key, t in stored.items() if key.startswith(f"{name}.")}
+                _check_tensors(part, module.state_dict(), path / CRITIC_FILE)
+                module.load_state_dict(part)
+        self.policy.invalidate()
+
+    def _trainer_state(self) -> dict[str, Any]:
+        return {
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers().items()},
+            "rng": self.rng.bit_generator.state,
+            "predict_rng": self._predict_rng.bit_generator.state,
+            "num_timesteps": self.num_timesteps,
+            "target_timesteps": self._target_timesteps,
+            "seconds": self._seconds,
+            "accounts": self.accounts,
+            "env": _as_tensors(self.lanes.get_state()),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name, optimizer in self.optimizers().items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.rng.bit_generator.state = state["rng"]
+        self._predict_rng.bit_generator.state = state["predict_rng"]
+        self.num_timesteps, self._target_timesteps = state["num_timesteps"], state["target_timesteps"]
+        self._seconds, self.accounts = state["seconds"], state["accounts"]
+        env_state = _as_arrays(state["env"])
+        if env_state["arrays"]["_tokens"].shape == (self.lanes.num_envs, self.lanes.max_tokens):
+            self.lanes.set_state(env_state)
+
+
+class Learning:
+    """One call of `learn`: `while session.more(): ...` counts tokens, shows progress, calls back and writes the log."""
+
+    def __init__(
+        self, agent: LanguageModelAgent, total_timesteps: int, callback: MaybeCallback, progress_bar: bool
+    ) -> None:
+        self.agent = agent
+        # Counted from the last target, not from where the last call happened to stop: then learn(N) twice runs the same
+        # iterations as learn(2N).
+        agent._target_timesteps += total_timesteps
+        self.callback = _as_callback(callback)
+        self.callback.init_callback(agent)  # type: ignore[arg-type]  # structurally an SB3 model
+        self.begin, self.total = agent.num_timesteps, agent._target_timesteps
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"), disable=not progress_bar,
+        )  # fmt: skip
+        self.stopped = False
+
+    def __enter__(self) -> Learning:
+        self._clock = time.perf_counter()
+        self.progress.start()
+        self._bar = self.progress.add_task(
+            type(self.agent).__name__, total=self.total, completed=self.begin, figures=""
+        )
+        self.callback.on_training_start(locals(), globals())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> bool:
+        self.progress.stop()
+        self.agent.lanes.reference.invalidate()
+        self.agent.policy.invalidate()
+        if kind is None or kind is StopTraining:
+            self.callback.on_training_end()
+        return kind is StopTraining
+
+    def more(self) -> bool:
+        """Whether to begin another iteration. Caches start empty, so that a resumed run repeats an undisturbed one."""
+        self.agent.policy.invalidate()
+        self.agent.lanes.reference.invalidate()
+        if self.stopped or self.agent.num_timesteps >= self.total:
+            return False
+        self.callback.on_rollout_start()
+        return True
+
+    def on_step(self, tokens: int) -> None:
+        """After each `env.step`."""
+        self.agent.num_timesteps += tokens
+        self.progress.update(self._bar, completed=self.agent.num_timesteps)
+        if not self.callback.on_step():
+            raise StopTraining
+
+    def rollout_done(self, episodes: Episodes) -> None:
+        """After the last step of a rollout."""
+        self.callback.update_locals({"episodes": episodes})
+        self.callback.on_rollout_end()
+        self.agent.log_rollout(episodes)
+
+    def iteration_done(self) -> None:
+        """After an update: write the log."""
+        agent, now = self.agent, time.perf_counter()
+        agent._seconds += now - self._clock
+        self._clock = now
+        for name, value in agent.accounts.items():
+            agent.logger.record(f"time/{name}", value)
+        agent.logger.record("time/timesteps", agent.num_timesteps)
+        agent.logger.record("time/seconds", agent._seconds)
+        figures = {name: float(value) for name, value in agent.logger.name_to_value.items()}
+        agent.history.append(figures)
+        shown = [
+            f"{name} {figures[key]:.3g}"
+            for name, key in (("reward", "rollout/task_reward"), ("KL", "rollout/kl"))
+            if key in figures
+        ]
+        self.progress.update(self._bar, figures="  ".join(shown))
+        agent.logger.dump(agent.num_timesteps)
+
+
+def make_config(agent: type[LanguageModelAgent], config: AgentConfig | None, overrides: dict[str, Any]) -> Any:
+    """The config from a dataclass, from keywords, or from both (keywords win).
+
+    Raises:
+        ValueError: An unknown field; the message names the nearest one.
+    """
+    known = [field.name for field in fields(agent.Config)]
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"{agent.__name__} has no setting {name!r}; it has {known}.{did_you_mean(name, known)}")
+    if config is None:
+        return agent.Config(**overrides)
+    if not isinstance(config, agent.Config):
+        raise ValueError(f"Expected config to be a {agent.Config.__name__}, got {type(config).__name__}.")
+    return replace(config, **overrides)
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """`agent.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
+    file = Path(path) / AGENT_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"No checkpoint at {path}: expected a directory with {AGENT_FILE}, as agent.save(path) writes it."
+        )
+    try:
+        about = json.loads(file.read_text())
+        _ = about["agent"], about["config"], about["seed"], about["history"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({type(error).__name__}: {error}). Take another checkpoint."
+        ) from error
+    return dict(about)
+
+
+def _checked_env(env: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
+    if isinstance(env, gym.Env):
+        raise ValueError(
+            "Expected a vector environment, got a single one: make it with gymnasium.make_vec(id, num_envs=...)."
+        )
+    if not isinstance(env, gym.vector.VectorEnv) or not isinstance(env.unwrapped, TextVectorEnv):
+        raise ValueError(
+            f"Expected a textenv vector environment (gymnasium.make_vec('textenv/...', num_envs=...)), got {env!r}."
+        )
+    return env
+
+
+def _as_callback(callback: MaybeCallback) -> BaseCallback:
+    if callback is None:
+        return CallbackList([])
+    if isinstance(callback, list):
+        return CallbackList(callback)
+    return callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)
+
+
+def _formats(log_dir: str | Path | None, verbose: int) -> list[str]:
+    formats = ["stdout"] if verbose else []
+    if log_dir:
+        formats.append("csv")
+        try:
+            import torch.utils.tensorboard  # noqa: F401  # found out by importing it
+        except ImportError:
+            pass
+        else:
+            formats.append("tensorboard")
+    return formats
+
+
+def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without names that share the memory of an earlier one (tied weights are stored once)."""
+    seen: set[int] = set()
+    return {name: t for name, t in state.items() if t.data_ptr() not in seen and not seen.add(t.data_ptr())}  # type: ignore[func-returns-value]
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except Exception as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({type(error).__name__}: {error}): missing, truncated or damaged. Take another checkpoint."
+        ) from error
+
+
+def _check_tensors(stored: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], file: Path) -> None:
+    for name, tensor in expected.items():
+        if name not in stored or stored[name].shape != tensor.shape:
+            found = tuple(stored[name].shape) if name in stored else "nothing"
+            raise CheckpointError(
+                f"{file} is of another model: expected {name} of shape {tuple(tensor.shape)}, found {found}. Make the environment with "
+                "the model that the checkpoint was trained from."
+            )
+
+
+def _load_into(module: torch.nn.Module, file: Path, optional: set[str]) -> None:
+    stored, expected = _read_tensors(file), module.state_dict()
+    _check_tensors(stored, {name: t for name, t in expected.items() if name not in optional}, file)
+    module.load_state_dict(stored, strict=False)
+
+
+def _as_tensors(value: Any) -> Any:
+    """Arrays as tensors, which `weights_only` loading admits."""
+    if isinstance(value, np.ndarray):
+        return {"__array__": torch.from_numpy(value.copy())}
+    if isinstance(value, dict):
+        return {name: _as_tensors(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_tensors(item) for item in value]
+    return value
+
+
+def _as_arrays(value: Any) -> Any:
+    """The way back."""
+    if isinstance(value, dict):
+        return (
+            value["__array__"].numpy()
+            if "__array__" in value
+            else {name: _as_arrays(item) for name, item in value.items()}
+        )
+    return [_as_arrays(item) for item in value] if isinstance(value, list) else value
+
+
+__all__ = ["Agent", "AgentConfig", "CheckpointError", "LanguageModelAgent", "Learning", "make_config", "read_about"]

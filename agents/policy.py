@@ -1,0 +1,176 @@
+"""The trainable parts: a policy that samples and scores, and a critic that values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from textenv.ledger import Episodes
+from textenv.lm import LanguageModel, response_index, response_positions, trunk_states
+from textenv.sampling import draw, log_prob
+
+
+class Policy:
+    """A language model that acts: one distribution for sampling, scoring and training.
+
+    Args:
+        reference: The environment's reference model; the policy starts as a copy of it, under its temperature and action mask.
+        top_k: Truncate to the k most probable tokens.
+        top_p: Truncate to the nucleus of probability p.
+    """
+
+    def __init__(self, reference: LanguageModel, top_k: int | None = None, top_p: float | None = None) -> None:
+        self.lm = reference.clone(replace(reference.behaviour, top_k=top_k, top_p=top_p))
+        self._sampled: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]] | None = None
+
+    @property
+    def model(self) -> Any:
+        """The `transformers` model."""
+        return self.lm.model
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained."""
+        return (p for p in self.lm.model.parameters() if p.requires_grad)
+
+    def invalidate(self) -> None:
+        """Forget cached computations: the weights have changed."""
+        self.lm.invalidate()
+        self._sampled = None
+
+    @torch.no_grad()
+    def act(
+        self, observations: NDArray[np.int64], rng: np.random.Generator, deterministic: bool = False
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Choose tokens. Their log-probabilities are kept, so that `log_probs` right after costs nothing.
+
+        Args:
+            observations: Shape: (N, L).
+            rng: Draws one uniform per lane.
+            deterministic: Take the most probable token instead.
+
+        Returns:
+            Token ids and their log-probabilities in nats. Shapes: (N,), (N,).
+        """
+        logits = self.lm.behaviour.logits(self.lm.next_logits(observations), observations)
+        tokens = logits.argmax(dim=-1) if deterministic else draw(logits, rng.random(len(observations)))
+        actions, chosen = tokens.cpu().numpy(), log_prob(logits, tokens).double().cpu().numpy()
+        self._sampled = (np.array(observations), actions, chosen)
+        return actions, chosen
+
+    def log_probs(self, observations: NDArray[np.int64], actions: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Log-probabilities of `actions`, in nats. Shapes: (N, L), (N,) -> (N,)."""
+        if self.lm.refresh():
+            self._sampled = None
+        if self._sampled is not None:
+            seen, taken, chosen = self._sampled
+            if seen.shape == observations.shape and (seen == observations).all() and (taken == actions).all():
+                return chosen.copy()
+        return self.lm.log_probs(observations, actions)
+
+    def log_probs_all(self, observations: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Log-probabilities of every token, in nats. Shape: (N, L) -> (N, V)."""
+        return self.lm.log_probs_all(observations)
+
+    def evaluate(self, episodes: Episodes, rows: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Score responses in one teacher-forced pass, never one row per (prefix, token). Differentiable.
+
+        Args:
+            episodes: Of which `rows` are used.
+            rows: Indices. Shape: (B,).
+
+        Returns:
+            Log-probabilities (B, T), entropies (B, T; detached), both in nats and 0 after a response's end; and the hidden
+            states they came from, back to back (M, d). T is the longest response among `rows`.
+        """
+        part = episodes.tokens[rows], episodes.prompt_length[rows], episodes.response_length[rows]
+        hidden = self.lm.response_hidden(*part)
+        logits, drawn = self.lm.response_logits(hidden, *part)
+        with torch.no_grad():
+            log_p = logits.log_softmax(dim=-1)
+            entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(dim=-1)
+        return unpack(log_prob(logits, drawn), part[2]), unpack(entropy, part[2]), hidden
+
+
+class Critic(nn.Module):
+    """V(s): a linear head on a trunk.
+
+    Args:
+        policy: Whose trunk it shares (`kind="head"`) or starts from (`"separate"`).
+        kind: `"head"` reads the policy's own hidden states; `"separate"` owns a copy of the trunk; anything else names a
+            reward model (a directory, or a loaded `rewards.RewardModel`) whose trunk and head it starts from, as in InstructGPT.
+    """
+
+    def __init__(self, policy: Policy, kind: Any = "head") -> None:
+        super().__init__()
+        self.trunk: nn.Module | None = None
+        if kind in ("head", "separate"):
+            width = policy.model.get_output_embeddings().weight.shape[1]
+            self.head = nn.Linear(width, 1)
+            nn.init.zeros_(self.head.weight)  # V = 0 at the start: the first advantages are plain returns
+            nn.init.zeros_(self.head.bias)
+            if kind == "separate":
+                self.trunk = policy.lm.clone().model.base_model
+        else:
+            self.trunk, self.head = _from_reward_model(kind)
+        self.to(policy.lm.device)
+
+    def forward(self, hidden: torch.Tensor, episodes: Episodes, rows: NDArray[np.int64]) -> torch.Tensor:
+        """V of the states before each response token, 0 after a response's end. Differentiable.
+
+        Args:
+            hidden: The policy's states at these positions (used by a shared trunk). Shape: (M, d).
+            episodes: Of which `rows` are valued.
+            rows: Indices. Shape: (B,).
+
+        Returns:
+            Shape: (B, T), T the longest response among `rows`.
+        """
+        m, n = episodes.prompt_length[rows], episodes.response_length[rows]
+        if self.trunk is not None:
+            states = trunk_states(self.trunk, episodes.tokens[rows], m + n)
+            hidden = states[response_positions(m, n, states.device)]
+        return unpack(self.head(hidden.float()).squeeze(-1), n)
+
+    @torch.no_grad()
+    def values(self, policy: Policy, episodes: Episodes, rows: NDArray[np.int64]) -> torch.Tensor:
+        """As `forward`, without gradient and without the policy's states at hand. Shape: (B, T)."""
+        part = episodes.tokens[rows], episodes.prompt_length[rows], episodes.response_length[rows]
+        hidden = policy.lm.response_hidden(*part) if self.trunk is None else torch.empty(0)
+        return self(hidden, episodes, rows)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def final_values(self, policy: Policy, episodes: Episodes, rows: NDArray[np.int64]) -> torch.Tensor:
+        """V of the states after the last token, for episodes that a wrapper has cut. Shape: (B,)."""
+        lengths = episodes.prompt_length[rows] + episodes.response_length[rows]
+        trunk = self.trunk if self.trunk is not None else policy.model.base_model
+        states = trunk_states(trunk, episodes.tokens[rows], lengths)
+        last = torch.from_numpy(lengths - 1).to(states.device)
+        return self.head(states[torch.arange(len(rows)), last].float()).squeeze(-1)  # type: ignore[no-any-return]
+
+
+def unpack(flat: torch.Tensor, lengths: NDArray[np.int64]) -> torch.Tensor:
+    """Rows that stood back to back, padded with 0. Shape: (M,) -> (B, T)."""
+    rows, columns = response_index(np.ones_like(lengths), lengths)
+    out = flat.new_zeros(len(lengths), int(lengths.max()))
+    index = torch.from_numpy(rows).to(flat.device), torch.from_numpy(columns).to(flat.device)
+    return out.index_put(index, flat)
+
+
+def _from_reward_model(source: Any) -> tuple[nn.Module, nn.Linear]:
+    import copy
+
+    from rewards import RewardModel
+
+    reward_model = RewardModel.from_pretrained(source) if not isinstance(source, RewardModel) else source
+    classifier = copy.deepcopy(reward_model.model).requires_grad_(True).eval()
+    head = nn.Linear(classifier.score.in_features, 1)
+    with torch.no_grad():
+        head.weight.copy_(classifier.score.weight)
+        head.bias.fill_(-reward_model.offset)
+    return classifier.base_model, head

@@ -1,0 +1,1 @@
+"""Recipes and benchmarks: what is run, how it is recorded, and what is made of it."""

@@ -1,0 +1,534 @@
+"""`LanguageModel`: a causal LM read as a function of observations, with a key/value cache that follows them.
+
+Whoever speaks plain Gymnasium gets key/value-cache speed: `next_logits(observations)` compares each lane's tokens with
+what its cache holds (N x L integers) and computes only what is new. No session, no cache handle, no private channel.
+
+    the same tokens          the last logits, free
+    some tokens longer       those tokens
+    anything else            the whole observation, from its first token
+
+The last rule keeps numbers independent of what a lane did before: a new prompt never reuses the keys of an old one.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from textenv.sampling import Behaviour, log_prob
+
+_PROBED: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary()
+"""Whether the cache serves a model at a length: found out once."""
+
+TOKENS_PER_PASS = 16_384
+"""Tokens that one teacher-forced pass may hold, padding included: bounds the memory of scoring many episodes."""
+
+
+class LanguageModel:
+    """A `transformers` causal LM that answers for N lanes at once.
+
+    Args:
+        model: The network, on any device. It is put in eval mode: dropout would make sampling and scoring disagree.
+        max_tokens: L, the longest observation. Needs that many positions.
+        behaviour: The distribution made from the logits (temperature, top-k, top-p, action mask).
+        check: Recompute one lane at each call and raise when the cache disagrees. Slow; for finding faults.
+        cached: Whether the cache works for this architecture; None finds out by a probe at construction.
+
+    Raises:
+        ValueError: The model has fewer positions than `max_tokens`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_tokens: int,
+        behaviour: Behaviour | None = None,
+        *,
+        check: bool = False,
+        cached: bool | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.max_tokens = max_tokens
+        self.behaviour = behaviour or Behaviour()
+        self.check = check
+        self.vocab_size = vocab_size(model)
+        positions = max_positions(model)
+        if positions is not None and max_tokens > positions:
+            raise ValueError(
+                f"An observation holds up to {max_tokens} tokens (prompt and response), but the model has only {positions} "
+                "positions. Use shorter prompts or a smaller max_new_tokens."
+            )
+        self._slots: OrderedDict[tuple[int, int], _Slots] = OrderedDict()
+        self._weights = _WeightWatch(model)
+        self._calls = 0
+        if cached is None:
+            verdicts = _PROBED.setdefault(model, {})
+            if max_tokens not in verdicts:
+                verdicts[max_tokens] = self._probe()
+            cached = verdicts[max_tokens]
+        self.cached = cached
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def clone(self, behaviour: Behaviour | None = None, *, trainable: bool = True) -> LanguageModel:
+        """A copy with weights of its own, and an empty cache."""
+        model = copy.deepcopy(self.model).requires_grad_(trainable)
+        return LanguageModel(model, self.max_tokens, behaviour or self.behaviour, check=self.check, cached=self.cached)
+
+    def invalidate(self) -> None:
+        """Forget everything cached. Called at each update; call it after writing weights in an unusual way."""
+        self._slots.clear()
+
+    def refresh(self) -> bool:
+        """Forget everything cached if the weights have changed since the last call; whether they had."""
+        changed = self._weights.changed()
+        if changed:
+            self.invalidate()
+        return changed
+
+    # ------------------------------------------------------------------ one step of N lanes
+
+    @torch.no_grad()
+    def next_logits(self, observations: NDArray[np.int64]) -> torch.Tensor:
+        """The model's raw logits for the token that comes next. Shape: (N, L) -> (N, V), float32."""
+        observations = np.asarray(observations)
+        if not self.cached:
+            return self._encode(observations)
+        self.refresh()
+        slots = self._slots_for(*observations.shape)
+        slots.follow(self, observations)
+        assert slots.logits is not None
+        if self.check:
+            self._check_one_lane(observations, slots.logits)
+        return slots.logits.clone()
+
+    @torch.no_grad()
+    def log_probs_all(self, observations: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Log-probabilities of every next token under `behaviour`. Shape: (N, L) -> (N, V), nats."""
+        logits = self.behaviour.logits(self.next_logits(observations), observations)
+        return logits.double().log_softmax(dim=-1).cpu().numpy()
+
+    @torch.no_grad()
+    def log_probs(self, observations: NDArray[np.int64], actions: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Log-probabilities of `actions` under `behaviour`. Shapes: (N, L), (N,) -> (N,), nats."""
+        logits = self.behaviour.logits(self.next_logits(observations), observations)
+        chosen = torch.as_tensor(actions, device=logits.device)
+        return log_prob(logits, chosen).double().cpu().numpy()
+
+    # ------------------------------------------------------------------ whole episodes, teacher-forced
+
+    def response_hidden(
+        self, tokens: NDArray[np.int64], prompt_length: NDArray[np.int64], response_length: NDArray[np.int64]
+    ) -> torch.Tensor:
+        """Last hidden states at which response tokens are predicted, episodes back to back. Differentiable.
+
+        Only these positions go on to a head: a logit row of a prompt token or of padding is never computed.
+
+        Args:
+            tokens: Prompt, response, then padding (any value). Shape: (B, L).
+            prompt_length: Shape: (B,).
+            response_length: Shape: (B,).
+
+        Returns:
+            Shape: (M, d) with M = response_length.sum().
+        """
+        states = trunk_states(self.model.base_model, tokens, prompt_length + response_length)
+        return states[response_positions(prompt_length, response_length, self.device)]
+
+    def response_logits(
+        self,
+        hidden: torch.Tensor,
+        tokens: NDArray[np.int64],
+        prompt_length: NDArray[np.int64],
+        response_length: NDArray[np.int64],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`behaviour`'s logits at `hidden`, and the tokens that were drawn there. Shapes: (M, V), (M,). Differentiable."""
+        rows, columns = response_index(prompt_length, response_length)
+        states = None
+        if self.behaviour.action_mask is not None:
+            states = tokens[rows].copy()
+            states[np.arange(tokens.shape[1]) > columns[:, None]] = self.vocab_size
+        logits = self.behaviour.logits(self._head(hidden), states)
+        return logits, torch.from_numpy(tokens[rows, columns + 1]).to(self.device)
+
+    @torch.no_grad()
+    def score(
+        self, tokens: NDArray[np.int64], prompt_length: NDArray[np.int64], response_length: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Log-probability of each response token, in as few passes as memory allows.
+
+        Returns:
+            Zero after a response's end. Shape: (B, T) with T = max(response_length), nats.
+        """
+        out = np.zeros((len(tokens), int(response_length.max(initial=0))))
+        for batch in length_buckets(prompt_length + response_length, TOKENS_PER_PASS):
+            part = tokens[batch], prompt_length[batch], response_length[batch]
+            logits, drawn = self.response_logits(self.response_hidden(*part), *part)
+            rows, columns = response_index(np.zeros_like(part[1]), part[2])
+            out[batch[rows], columns + 1] = log_prob(logits, drawn).double().cpu().numpy()
+        return out
+
+    # ------------------------------------------------------------------ the network
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits from last hidden states, float32. Shape: (M, d) -> (M, V)."""
+        config = self.model.config.get_text_config()
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / scaling
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return logits.float()
+
+    def _encode(self, observations: NDArray[np.int64]) -> torch.Tensor:
+        """Next-token logits with no cache: a full pass over each observation. Shape: (N, L) -> (N, V)."""
+        lengths = (observations != self.vocab_size).sum(axis=1)
+        out = torch.empty(len(observations), self.vocab_size, device=self.device)
+        for batch in length_buckets(lengths, TOKENS_PER_PASS):
+            states = trunk_states(self.model.base_model, observations[batch], lengths[batch])
+            last = torch.from_numpy(lengths[batch] - 1).to(self.device)
+            out[torch.from_numpy(batch)] = self._head(states[torch.arange(len(batch)), last])
+        return out
+
+    # ------------------------------------------------------------------ the cache's guards
+
+    def _slots_for(self, lanes: int, width: int) -> _Slots:
+        """The cache of this batch size; a batch of another size is another set of lanes. The two last used are kept."""
+        key = (lanes, width)
+        if key not in self._slots:
+            while len(self._slots) > 1:
+                self._slots.popitem(last=False)
+            self._slots[key] = _Slots(lanes, width, self.model.config.get_text_config().num_hidden_layers)
+        self._slots.move_to_end(key)
+        return self._slots[key]
+
+    def _check_one_lane(self, observations: NDArray[np.int64], logits: torch.Tensor) -> None:
+        lane = self._calls % len(observations)
+        self._calls += 1
+        error = (self._encode(observations[lane : lane + 1])[0] - logits[lane]).abs().max().item()
+        if error > self._tolerance(logits):
+            raise RuntimeError(
+                f"The key/value cache of lane {lane} disagrees with a plain forward pass by {error:.2g} in the logits. Were weights "
+                "written in a way that cannot be seen? Call invalidate() after writing them."
+            )
+
+    def _tolerance(self, logits: torch.Tensor) -> float:
+        relative = 1e-4 if self.model.dtype == torch.float32 else 5e-2
+        return relative * max(1.0, logits.abs().max().item())
+
+    @torch.no_grad()
+    def _probe(self) -> bool:
+        """Compare ragged prefill, decoding and a restart with the model's own forward pass.
+
+        Sliding windows, ALiBi computed from a 2-D mask, recurrent layers and models that ignore `position_ids` all show
+        here, whatever their names; they are then re-encoded at each step, which is slower and right.
+        """
+        length = self.max_tokens
+        tokens = np.random.default_rng(0).integers(self.vocab_size, size=(3, length))
+        tokens[2, -1] = (tokens[0, -1] + 1) % self.vocab_size
+
+        def observe(*lengths: int) -> NDArray[np.int64]:
+            rows = np.full((3, length), self.vocab_size)
+            for lane, n in enumerate(lengths):
+                rows[lane, :n] = tokens[lane, :n]
+            return rows
+
+        half = max(1, length // 2)
+        stages = [
+            observe(half, 1, max(1, length - 1)),  # ragged prefill
+            observe(min(half + 1, length), min(2, length), length),  # decode one token
+            observe(length, 1, length),  # grow by several, restart, stay
+        ]
+        try:
+            for observations in stages:
+                ids = torch.from_numpy(np.where(observations == self.vocab_size, 0, observations)).to(self.device)
+                last = torch.from_numpy((observations != self.vocab_size).sum(axis=1) - 1).to(self.device)
+                expected = self.model(input_ids=ids, use_cache=False).logits[torch.arange(3), last].float()
+                tolerance = self._tolerance(expected)
+                if (self._encode(observations) - expected).abs().max().item() > tolerance:
+                    raise NotImplementedError(
+                        f"{type(self.model).__name__} changes its logits after the output embeddings in a way that is not known here."
+                    )
+                slots = self._slots_for(3, length)
+                slots.follow(self, observations)
+                assert slots.logits is not None
+                if (slots.logits - expected).abs().max().item() > tolerance:
+                    raise _CacheMismatchError
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            reason = (
+                "its cached logits differ"
+                if isinstance(error, _CacheMismatchError)
+                else f"{type(error).__name__}: {error}"
+            )
+            warnings.warn(
+                f"The key/value cache cannot serve {type(self.model).__name__} here ({reason}). Every step re-encodes the whole "
+                "observation instead: correct, but slower.",
+                stacklevel=3,
+            )
+            return False
+        finally:
+            self.invalidate()
+        return True
+
+
+class _CacheMismatchError(Exception):
+    """The probe's cached logits differ from the plain forward pass."""
+
+
+class _Slots:
+    """The key/value cache of N lanes: one preallocated row each, written at that lane's own position.
+
+    No lane waits for another and nothing is padded on the left: a 4-D additive mask and per-lane position ids carry
+    the raggedness. The mask is float because a boolean one is silently wrong under eager attention.
+    """
+
+    def __init__(self, lanes: int, width: int, layers: int) -> None:
+        self.tokens = np.full((lanes, width), -1, np.int64)
+        self.length = np.zeros(lanes, np.int64)  # tokens whose keys and values are written
+        self.row = np.arange(lanes)  # lane -> its row of the key/value tensors
+        self.logits: torch.Tensor | None = None  # (N, V), after each lane's last token
+        self.layers = [_SlotLayer(lanes, width) for _ in range(layers)]
+
+    def follow(self, lm: LanguageModel, observations: NDArray[np.int64]) -> None:
+        """Bring `logits` up to date with `observations`. Shape: (N, L)."""
+        position = np.arange(observations.shape[1])
+        lengths = (observations != lm.vocab_size).sum(axis=1)
+        prefix = ((self.tokens == observations) | (position >= self.length[:, None])).all(axis=1)
+        stale = ~prefix | (self.length != lengths) | (self.length == 0)
+        if not stale.any():
+            return
+        start = np.where(prefix & (self.length < lengths), self.length, 0)
+        self.length[stale] = 0  # if the pass below fails, these lanes start over
+        early = np.flatnonzero(stale & (lengths - start > 1))
+        if len(early):  # all but the last new token: these need no logits, so they never see the head
+            self._forward(lm, early, observations, start[early], lengths[early] - 1)
+        lanes = np.flatnonzero(stale)
+        self._pack(lanes)
+        states = self._forward(lm, lanes, observations, lengths[lanes] - 1, lengths[lanes])
+        logits = lm._head(states[:, -1])
+        if self.logits is None:
+            self.logits = logits.new_zeros(len(self.length), logits.shape[-1])
+        self.logits[torch.from_numpy(lanes).to(logits.device)] = logits
+        self.tokens[lanes], self.length[lanes] = observations[lanes], lengths[lanes]
+
+    def _forward(
+        self,
+        lm: LanguageModel,
+        lanes: NDArray[np.int64],
+        observations: NDArray[np.int64],
+        start: NDArray[np.int64],
+        stop: NDArray[np.int64],
+    ) -> torch.Tensor:
+        """Write tokens [start, stop) of `lanes`. Lanes with fewer write rubbish after `stop`, masked until overwritten."""
+        width = observations.shape[1]
+        positions = np.minimum(start[:, None] + np.arange((stop - start).max()), width - 1)
+        ids = observations[lanes[:, None], positions]
+        ids = np.where(ids == lm.vocab_size, 0, ids)
+        horizon = int(positions.max()) + 1
+        device = lm.device
+        place = torch.from_numpy(positions).to(device)
+        hidden_keys = torch.arange(horizon, device=device) > place[:, None, :, None]
+        dtype = lm.model.dtype
+        mask = torch.zeros(hidden_keys.shape, dtype=dtype, device=device).masked_fill_(
+            hidden_keys, torch.finfo(dtype).min
+        )
+        rows = self.row[lanes]
+        in_order = bool((rows == np.arange(len(rows))).all())
+        for layer in self.layers:
+            layer.aim(torch.from_numpy(rows).to(device), place, horizon, in_order)
+        states = lm.model.base_model(
+            input_ids=torch.from_numpy(ids).to(device),
+            attention_mask=mask,
+            position_ids=place,
+            past_key_values=Cache(layers=list(self.layers)),
+            use_cache=True,
+        ).last_hidden_state
+        assert isinstance(states, torch.Tensor)
+        return states
+
+    def _pack(self, lanes: NDArray[np.int64]) -> None:
+        """Move the rows of `lanes` to the front, so that they are read as a view. As lanes fall idle the batch shrinks."""
+        n = len(lanes)
+        misplaced = lanes[self.row[lanes] >= n]
+        if len(misplaced) == 0 and (self.row[lanes] == np.arange(n)).all():
+            return
+        order = np.argsort(self.row)  # row -> lane
+        active = np.zeros(len(self.row), bool)
+        active[lanes] = True
+        free = [lane for lane in order[:n] if not active[lane]]
+        for lane, other in zip(misplaced, free, strict=True):
+            a, b = int(self.row[lane]), int(self.row[other])
+            for layer in self.layers:
+                layer.swap(a, b)
+            self.row[lane], self.row[other] = b, a
+        # Rows 0..n-1 now belong to `lanes`, in some order: the caller's lanes are put into row order.
+        lanes[:] = lanes[np.argsort(self.row[lanes])]
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, for `transformers.Cache`. Shape: (N, heads, L, head size)."""
+
+    is_croppable = False
+
+    def __init__(self, lanes: int, width: int) -> None:
+        super().__init__()
+        self.lanes, self.width = lanes, width
+
+    def aim(self, rows: torch.Tensor, positions: torch.Tensor, horizon: int, in_order: bool) -> None:
+        """Say where the next `update` writes: rows (B,), positions (B, Q); keys up to `horizon` are read back."""
+        self.rows, self.positions, self.horizon, self.in_order = rows, positions, horizon, in_order
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        def empty(states: torch.Tensor) -> torch.Tensor:
+            return states.new_zeros(self.lanes, states.shape[1], self.width, states.shape[3])
+
+        self.keys, self.values = empty(key_states), empty(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def _write(self, store: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        store[self.rows[:, None], :, self.positions] = states.transpose(1, 2)
+        written = store[:, :, : self.horizon]
+        return written[: len(self.rows)] if self.in_order else written[self.rows]
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange two lanes' rows."""
+        for store in (self.keys, self.values):
+            store[[a, b]] = store[[b, a]]
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are passed explicitly; nothing may be derived from a common length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.horizon, 0
+
+    def get_max_length(self) -> int:
+        return self.width
+
+
+class _WeightWatch:
+    """Notices that weights have changed.
+
+    Version counters miss fused optimisers and writes through `.data`, so a few values of each parameter are compared
+    as well; on a GPU that would cost a synchronisation per step and is left out (agents call `invalidate()` themselves).
+    """
+
+    SAMPLES = 4
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self._seen: tuple[object, ...] | None = None
+        self._pointers: tuple[int, ...] = ()
+        self._views: list[tuple[NDArray[Any], list[int]]] = []
+
+    def changed(self) -> bool:
+        """Whether anything differs from the last call."""
+        parameters = list(self.model.parameters())
+        pointers = tuple(p.data_ptr() for p in parameters)
+        if pointers != self._pointers:
+            self._pointers, self._views = pointers, list(self._sample_views(parameters))
+        seen = (
+            pointers,
+            *(p._version for p in parameters),
+            *(view[i].tobytes() for view, at in self._views for i in at),
+        )
+        changed = seen != self._seen
+        self._seen = seen
+        return changed
+
+    def _sample_views(self, parameters: list[torch.nn.Parameter]) -> Iterator[tuple[NDArray[Any], list[int]]]:
+        for p in parameters:
+            if p.device.type == "cpu" and p.is_contiguous():
+                raw = (
+                    p.detach()
+                    .view(-1)
+                    .view(torch.uint8 if p.element_size() == 1 else getattr(torch, f"int{8 * p.element_size()}"))
+                )
+                yield (
+                    raw.numpy(),
+                    sorted(set(np.linspace(0, p.numel() - 1, self.SAMPLES).astype(int).tolist())),
+                )
+
+
+def trunk_states(trunk: torch.nn.Module, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> torch.Tensor:
+    """Last hidden states of right-padded rows, without a cache. Differentiable.
+
+    Args:
+        trunk: A `transformers` model without its head.
+        tokens: What stands after a row's length does not matter. Shape: (B, L).
+        lengths: Shape: (B,).
+
+    Returns:
+        Shape: (B, max(lengths), d).
+    """
+    device = next(trunk.parameters()).device
+    width = int(lengths.max())
+    padded = np.arange(width) >= lengths[:, None]
+    ids = torch.from_numpy(np.where(padded, 0, tokens[:, :width])).to(device)
+    # Under a causal mask right padding cannot reach what stands before it, so full rows need no mask at all,
+    # which leaves attention its fast path; it is passed for models that count positions by it.
+    mask = torch.from_numpy(~padded).to(device, torch.long) if padded.any() else None
+    states = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    assert isinstance(states, torch.Tensor)
+    return states
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    """V: the number of logits the model returns (a tokenizer may know fewer tokens)."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model was built for; None where its config names no limit."""
+    value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(value) if value else None
+
+
+def response_index(
+    prompt_length: NDArray[np.int64], response_length: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(episode, position) at which each response token is predicted: the position before it. Shapes: (M,), (M,)."""
+    rows = np.repeat(np.arange(len(response_length)), response_length)
+    offset = np.arange(len(rows)) - np.repeat(np.cumsum(response_length) - response_length, response_length)
+    return rows, prompt_length[rows] - 1 + offset
+
+
+def response_positions(
+    prompt_length: NDArray[np.int64], response_length: NDArray[np.int64], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`response_index` as tensors, to index (B, L, ...) states with."""
+    rows, columns = response_index(prompt_length, response_length)
+    return torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
+
+
+def length_buckets(lengths: NDArray[np.int64], tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Indices of rows of similar length, at most `tokens` a batch with padding counted, the longest first."""
+    order = np.argsort(-lengths, kind="stable")
+    begin = 0
+    while begin < len(order):
+        count = max(1, tokens // max(1, int(lengths[order[begin]])))
+        yield order[begin : begin + count]
+        begin += count

@@ -1,0 +1,1 @@
+"""One file per id: its data, its reward, its registration."""
