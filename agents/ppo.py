@@ -38,6 +38,8 @@ class PPOConfig(AgentConfig):
     """Episodes per gradient step."""
     epochs: int = 2
     """Passes over each rollout."""
+    warmup_iterations: int = 10
+    """Rollouts over which the learning rate rises from a tenth (InstructGPT): Adam's first steps are its wildest."""
     clip_range: float = 0.2
     """The probability ratio is clipped to 1 - c .. 1 + c."""
     clip_range_value: float | None = 0.2
@@ -60,6 +62,20 @@ class PPOConfig(AgentConfig):
     ptx_rows: int = 8
     """Rows of `ptx_data` per minibatch."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("episodes_per_update", "minibatch_episodes", "epochs", "ptx_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected {name} >= 1, got {getattr(self, name)!r}.")
+        if self.warmup_iterations < 0:
+            raise ValueError(f"Expected warmup_iterations >= 0, got {self.warmup_iterations!r}.")
+        for name in ("clip_range", "clip_range_value", "target_kl"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"Expected {name} > 0, got {value!r}.")
+        if not 0 <= self.gae_lambda <= 1:
+            raise ValueError(f"Expected gae_lambda between 0 and 1, got {self.gae_lambda!r}.")
+
 
 class PPO(LanguageModelAgent):
     """Proximal policy optimisation of a language model, against a learned critic.
@@ -81,6 +97,8 @@ class PPO(LanguageModelAgent):
         super().__init__(env, **kwargs)
         if (self.config.ptx_coef > 0) != (ptx_data is not None):
             raise ValueError("ptx_coef and ptx_data belong together: pass both, or neither.")
+        if ptx_data is not None:
+            _check_tokens(ptx_data, self.lanes.vocab_size)
         self.ptx_data = ptx_data
         self.critic = Critic(self.policy, self.config.critic)
         self.adam = self.optimizer(self.critic)
@@ -106,19 +124,26 @@ class PPO(LanguageModelAgent):
         if cfg.whiten_advantages:
             advantages = whiten(advantages, mask)
 
+        warmth = min(1.0, len(self.history) / cfg.warmup_iterations) if cfg.warmup_iterations else 1.0
+        for group in self.adam.param_groups:
+            group["lr"] = self.learning_rate * (0.1 + 0.9 * warmth)
         figures: dict[str, list[float]] = defaultdict(list)
         for rows in self.minibatches(len(episodes)):
-            log_probs, entropy, hidden = self.policy.evaluate(episodes, rows)
+            log_probs, entropy, hidden = self.policy.evaluate(episodes, rows, entropy_gradient=cfg.ent_coef != 0)
             values = self.critic(hidden, episodes, rows)
             part = slice(0, log_probs.shape[1])  # as wide as the longest response of the minibatch
             m, old, adv = mask[rows, part], old_log_probs[rows, part], advantages[rows, part]
 
-            ratio = torch.exp((log_probs - old) * m)
+            log_ratio = log_probs - old
+            ratio = torch.exp(log_ratio)
             policy_loss = clipped_policy_loss(ratio, adv, m, cfg.clip_range)
             value_loss = clipped_value_loss(
                 values, old_values[rows, part], returns[rows, part], m, cfg.clip_range_value
             )
-            approx_kl = masked_mean(ratio - 1 - (log_probs - old), m).item()  # http://joschu.net/blog/kl-approx.html
+            # http://joschu.net/blog/kl-approx.html. A token that has left the top-k or top-p set has ratio 0: its infinite term
+            # would end the updates of every rollout.
+            kept = m & (ratio > 0)
+            approx_kl = masked_mean(torch.where(kept, ratio - 1 - log_ratio, 0.0), kept).item()
             if not figures:
                 figures["first_ratio_error"].append((ratio - 1).abs().max().item())
             figures["approx_kl"].append(approx_kl)
@@ -129,7 +154,7 @@ class PPO(LanguageModelAgent):
                 ptx_loss = self.ptx_loss()
                 loss = loss + cfg.ptx_coef * ptx_loss
                 figures["ptx_loss"].append(ptx_loss.item())
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             figures["grad_norm"].append(self.apply_gradients(self.adam))
             self.accounts["gradient_tokens"] += int(episodes.response_length[rows].sum())
             figures["policy_loss"].append(policy_loss.item())
@@ -142,7 +167,7 @@ class PPO(LanguageModelAgent):
             (returns - masked_mean(returns, mask)) ** 2, mask
         ).clamp(min=1e-8)
         self.logger.record("train/explained_variance", 1 - residual.item())
-        self.logger.record("train/learning_rate", self.learning_rate)
+        self.logger.record("train/learning_rate", self.adam.param_groups[0]["lr"])
 
     @torch.no_grad()
     def values(self, episodes: Episodes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,6 +207,15 @@ class PPO(LanguageModelAgent):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """One Adam for policy and critic."""
         return {"adam": self.adam}
+
+
+def _check_tokens(rows: np.ndarray, vocab_size: int) -> None:
+    fits = rows.ndim == 2 and np.issubdtype(rows.dtype, np.integer) and rows.shape[1] > 1
+    if not fits or rows.min() < 0 or rows.max() >= vocab_size:
+        raise ValueError(
+            f"Expected ptx_data to be token ids below {vocab_size}, integers of shape (rows, width) without padding, got {rows.dtype} of "
+            f"shape {rows.shape}."
+        )
 
 
 def clipped_policy_loss(

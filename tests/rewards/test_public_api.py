@@ -1,0 +1,27 @@
+import subprocess
+import sys
+
+import pytest
+
+import rewards
+
+
+def test_every_public_name_exists():
+    for name in rewards.__all__:
+        assert getattr(rewards, name) is not None
+    assert sorted(rewards.__all__) == rewards.__all__
+    assert set(rewards.__all__) <= set(dir(rewards))
+
+
+def test_an_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = rewards.nonsense
+
+
+def test_importing_rewards_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys, rewards\n"
+        "rewards.bind(rewards.exact_match, ['answer'])\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,90 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from rewards import RewardError, WeightedSum, check_reward, exact_match
+
+EXAMPLES = [{"prompt": "p", "completion": text, "answer": "a"} for text in ("a", "bb", "")]
+
+
+def test_a_good_reward():
+    check = check_reward(WeightedSum({"match": (exact_match, 2.0)}), EXAMPLES)
+    assert check.names == ("match",)
+    assert check.scores == (2, 0, 0)
+    assert 0 < check.seconds_per_batch < 1
+    assert 0 < check.seconds_per_completion < 1
+
+
+def test_conversations_and_arrays_as_columns():
+    examples = [
+        {
+            "prompt": [{"role": "user", "content": "p"}],
+            "completion": [{"role": "assistant", "content": c}],
+            "target": np.arange(3),
+        }
+        for c in "ab"
+    ]
+    assert check_reward(lambda target, **_: [t.sum() for t in target], examples).scores == (3, 3)
+
+
+def test_none_is_fine():
+    scores = check_reward(lambda completions: [None if not c else 1.0 for c in completions], EXAMPLES).scores
+    assert scores[:2] == (1, 1)
+    assert math.isnan(scores[2])
+
+
+def test_async():
+    async def reward(completions):
+        return [1.0] * len(completions)
+
+    assert check_reward(reward, EXAMPLES).scores == (1, 1, 1)
+
+
+counter = itertools.count()
+
+
+def random_reward(completions):
+    return [float(next(counter)) for _ in completions]
+
+
+def centred(completions):
+    lengths = [len(c) for c in completions]
+    return [length - sum(lengths) / len(lengths) for length in lengths]
+
+
+def mutating(completions):
+    return [float(len(completions.pop(0))) for _ in range(len(completions))]
+
+
+def by_position(completions):
+    return [float(len(completions) > 1) * i for i, _ in enumerate(completions)]
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (random_reward, "is not deterministic.*seed it"),
+        (centred, "depends on the batch: alone, the completion 'bb'.*independent=False|depends on the batch"),
+        (by_position, "depends on the batch"),
+        (mutating, "'mutating' changes its argument `completions`.*work on a copy"),
+        (lambda completions: [1.0], "returned 1 values for 3"),
+        (lambda completions: [float("nan")] * len(completions), "returned nan for completion 'a'"),
+        (lambda completion_ids: [0.0], "requires the parameter `completion_ids`"),
+    ],
+)
+def test_bad_rewards(reward, message):
+    with pytest.raises(RewardError, match=message):
+        check_reward(reward, EXAMPLES)
+
+
+def test_a_reward_may_compare_on_purpose():
+    assert check_reward(centred, EXAMPLES, independent=False).scores == (0, 1, -1)
+
+
+def test_bad_examples():
+    with pytest.raises(RewardError, match="at least two"):
+        check_reward(exact_match, EXAMPLES[:1])
+    with pytest.raises(RewardError, match="example 1 has the entries"):
+        check_reward(exact_match, [EXAMPLES[0], {"prompt": "p"}])

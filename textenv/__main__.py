@@ -1,0 +1,5 @@
+"""`python -m textenv`."""
+
+from textenv.cli import main
+
+main()

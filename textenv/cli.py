@@ -1,0 +1,464 @@
+"""The `textenv` program.
+
+It sits on top of everything: the only file of this package that looks up to `agents` and `benchmarks`, and it imports
+them inside its commands, so that `--help` and typing errors answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from textenv.prompts import did_you_mean
+
+RUN_FILE, CHECKPOINT = "run.json", "checkpoint"
+
+
+class UsageError(Exception):
+    """Something the user can mend; shown without a traceback."""
+
+
+@dataclass(frozen=True)
+class EnvArguments:
+    """Where and what to generate."""
+
+    model: str | None = None
+    """Hub name or directory of the reference model (default: the environment's own)."""
+    prompts: str | None = None
+    """A .jsonl, .json, .csv or .txt file, or a directory with one per split."""
+    reward: str | None = None
+    """Your reward function: `file.py:function` or `module:function`."""
+    split: str | None = None
+    """Of the prompts."""
+    beta: float | None = None
+    """KL coefficient, reward per nat."""
+    max_new_tokens: int | None = None
+    """Response budget, tokens."""
+    temperature: float | None = None
+    """Sampling temperature."""
+    env_arg: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """Any further keyword of the environment, as `name=value` (JSON); may be repeated."""
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments for `gymnasium.make_vec`."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("env_arg", "reward")}
+        keywords = {name: value for name, value in given.items() if value is not None}
+        if self.reward is not None:
+            keywords["reward"] = load_object(self.reward, "--reward")
+        for item in self.env_arg:
+            name, equals, value = item.partition("=")
+            if not equals:
+                raise UsageError(f"Expected --env-arg name=value, got {item!r}.")
+            try:
+                keywords[name] = json.loads(value)
+            except json.JSONDecodeError:
+                keywords[name] = value
+        return keywords
+
+
+@dataclass(frozen=True)
+class TrainArguments(EnvArguments):
+    """How long and where to."""
+
+    total_timesteps: int = 100_000
+    """Tokens to sample."""
+    num_envs: int = 64
+    """Lanes."""
+    seed: int = 0
+    """Of everything."""
+    out: Path | None = None
+    """Run directory (default: runs/AGENT-ENV-seedN)."""
+    resume: bool = False
+    """Go on from the checkpoint in the run directory."""
+    checkpoint_every: int = 10
+    """Iterations between checkpoints."""
+    verbose: bool = False
+    """Print every logged figure."""
+    threads: int | None = None
+    """CPU threads of torch (default: torch's own choice)."""
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train an agent in an environment: `textenv train PPO textenv/Arithmetic-v0`."""
+    names, flags = _positional(arguments, 2, "textenv train AGENT ENV [flags]")
+    agent_class = load_agent(names[0])
+    config_class: type[Any] = getattr(agent_class, "Config", None) or _no_config
+
+    @dataclass(frozen=True)
+    class Command:
+        train: Annotated[TrainArguments, tyro.conf.arg(name="")] = field(default_factory=TrainArguments)
+        config: Annotated[config_class, tyro.conf.arg(name="")] = field(default_factory=config_class)  # type: ignore[valid-type]
+
+    command = tyro.cli(
+        Command, args=flags, prog=f"textenv train {names[0]} {names[1]}", description=_summary(agent_class)
+    )
+    options, config = command.train, command.config
+    out = options.out or Path("runs") / f"{agent_class.__name__}-{names[1].split('/')[-1]}-seed{options.seed}"
+    checkpoint = out / CHECKPOINT
+    if (out / RUN_FILE).exists() and not options.resume:
+        raise UsageError(f"{out} holds a run already. Go on with it (--resume), or choose another --out.")
+    if options.resume and not checkpoint.exists():
+        raise UsageError(f"Nothing to resume: there is no checkpoint in {out}.")
+    envs = make_envs(names[1], options.num_envs, options.keywords())
+    _set_threads(options.threads)
+    if options.resume:
+        agent = agent_class.load(checkpoint, envs, log_dir=out, verbose=int(options.verbose))
+    else:
+        agent = agent_class(envs, seed=options.seed, log_dir=out, verbose=int(options.verbose), config=config)
+        out.mkdir(parents=True, exist_ok=True)
+        env_keywords = {f.name: getattr(options, f.name) for f in dataclasses.fields(EnvArguments)}
+        about = {"agent": names[0], "env": names[1], "num_envs": options.num_envs, "seed": options.seed} | env_keywords
+        (out / RUN_FILE).write_text(json.dumps(about, indent=1))
+    left = options.total_timesteps - agent.num_timesteps
+    if left <= 0:
+        print(f"{out} has its {agent.num_timesteps:,} tokens already.")
+        return
+    with Interruption() as interruption:
+        saver = interruption.callback(lambda: agent.save(checkpoint), options.checkpoint_every)
+        agent.learn(left, callback=saver, progress_bar=True)
+    agent.save(checkpoint)
+    if interruption.asked:
+        print(f"Interrupted after {agent.num_timesteps:,} tokens; the last finished update is in {checkpoint}.")
+        print(f"Go on with: textenv train {names[0]} {names[1]} --out {out} --resume [the same flags]")
+    else:
+        last = {name: value for name, value in agent.history[-1].items() if name.startswith("rollout/")}
+        print("  ".join(f"{name.removeprefix('rollout/')} {value:.3g}" for name, value in last.items()))
+        print(f"Saved in {checkpoint}; the curves are in {out / 'progress.csv'}.")
+
+
+@dataclass(frozen=True)
+class EvalArguments(EnvArguments):
+    """What to evaluate on."""
+
+    env: str | None = None
+    """Environment id (default: the run's)."""
+    episodes: int = 256
+    """Prompts to answer: the first of the split, in order."""
+    seed: int = 0
+    """Of sampling."""
+    deterministic: bool = False
+    """Take the most probable token instead of sampling."""
+    samples: int = 5
+    """Completions to print."""
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Task reward, KL and length of a trained agent, beside its reference: `textenv eval runs/NAME --split test`."""
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from agents.rollout import run_prompts
+
+    names, flags = _positional(arguments, 1, "textenv eval DIR [flags]")
+    options = tyro.cli(EvalArguments, args=flags, prog="textenv eval DIR", description=evaluate.__doc__)
+    agent, envs = load_run(Path(names[0]), options, num_envs=min(64, options.episodes))
+    lanes = envs.unwrapped
+    ids = np.arange(min(options.episodes, len(lanes.task.prompts)))
+    table = Table(
+        "", "task reward", "KL (nats)", "response tokens", "finished", title=f"{names[0]}: {len(ids)} prompts"
+    )
+    rewards, texts = {}, {}
+    for name, actor in {"reference": type(agent)(envs, seed=0), "agent": agent}.items():
+        lanes.attach_policy(actor.policy, pay=False)
+        actor.set_random_seed(options.seed)
+        episodes = run_prompts(actor, lanes, ids, options.deterministic)
+        rewards[name], texts[name] = episodes.task_reward, lanes.completions(episodes)
+        table.add_row(
+            name,
+            interval(episodes.task_reward),
+            interval(episodes.kl),
+            f"{episodes.response_length.mean():.1f}",
+            f"{(episodes.finish_reason == 'stop').mean():.0%}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"paired difference of the task reward: {interval(rewards['agent'] - rewards['reference'])}")
+    for i in ids[: options.samples]:
+        prompt = lanes.task.prompts.prompts[i]
+        console.print(
+            f"\n[dim]{prompt}[/dim]\n  reference: {texts['reference'][i]}\n  agent:     {texts['agent'][i]}",
+            highlight=False,
+        )
+
+
+@dataclass(frozen=True)
+class GenerateArguments(EnvArguments):
+    """What to complete."""
+
+    text: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """A prompt; may be repeated. Without one, prompts are read from standard input, one per line."""
+    seed: int = 0
+    """Of sampling."""
+    deterministic: bool = False
+    """Take the most probable token instead of sampling."""
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """Complete prompts with a trained agent: `textenv generate runs/NAME --text "27+58="`."""
+    names, flags = _positional(arguments, 1, "textenv generate DIR [flags]")
+    options = tyro.cli(GenerateArguments, args=flags, prog="textenv generate DIR", description=generate.__doc__)
+    agent, _ = load_run(Path(names[0]), options, num_envs=1)
+    agent.set_random_seed(options.seed)
+    prompts = options.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    for prompt, completion in zip(prompts, agent.generate(prompts, options.deterministic), strict=True):
+        print(f"{prompt}{completion}")
+
+
+def envs(arguments: Sequence[str]) -> None:
+    """List the environments."""
+    _no_flags(arguments, "envs")
+    _table(
+        ("id", "what it is"),
+        [(name, _first_line(spec.entry_point.split(":")[0])) for name, spec in sorted(textenv_ids().items())],
+    )
+
+
+def agents(arguments: Sequence[str]) -> None:
+    """List the agents."""
+    from agents import AGENTS
+
+    _no_flags(arguments, "agents")
+    _table(("agent", "what it is", "file"), [(name, _first_line(module), module) for name, module in AGENTS.items()])
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """PPO teaches a small model to add: about a minute, with a picture at the end."""
+    from benchmarks.arithmetic import DemoArguments, run_demo
+
+    run_demo(tyro.cli(DemoArguments, args=list(arguments), prog="textenv demo", description=demo.__doc__))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": demo,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "envs": envs,
+    "agents": agents,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: textenv COMMAND [...]   (textenv COMMAND --help says more)\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:10} {(command.__doc__ or '').splitlines()[0]}")
+        return
+    if arguments[0] == "--version":
+        from textenv import __version__
+
+        print(__version__)
+        return
+    try:
+        if arguments[0] not in COMMANDS:
+            raise UsageError(
+                f"Unknown command {arguments[0]!r}; there are {', '.join(COMMANDS)}.{did_you_mean(arguments[0], COMMANDS)}"
+            )
+        COMMANDS[arguments[0]](arguments[1:])
+    except UsageError as error:
+        sys.exit(f"textenv: {error}")
+    except KeyboardInterrupt:
+        sys.exit("textenv: interrupted")
+
+
+def load_agent(name: str) -> type[Any]:
+    """An agent class of ours by name, or anybody's as `module:Class`."""
+    from agents import AGENTS
+
+    if ":" in name:
+        return load_object(name, "the agent")  # type: ignore[no-any-return]
+    if name not in AGENTS:
+        raise UsageError(
+            f"Unknown agent {name!r}; there are {', '.join(AGENTS)}, or yours as module:Class.{did_you_mean(name, AGENTS)}"
+        )
+    return getattr(importlib.import_module(AGENTS[name]), name)  # type: ignore[no-any-return]
+
+
+def load_object(spec: str, what: str) -> Any:
+    """The object behind `file.py:name` or `module:name`."""
+    where, colon, name = spec.rpartition(":")
+    if not colon or not name:
+        raise UsageError(f"Expected {what} as file.py:name or module:name, got {spec!r}.")
+    try:
+        if where.endswith(".py"):
+            if not Path(where).is_file():
+                raise UsageError(f"No such file: {where}.")
+            module_spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            assert module_spec is not None and module_spec.loader is not None
+            module = importlib.util.module_from_spec(module_spec)
+            module_spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, "")
+            module = importlib.import_module(where)
+    except ImportError as error:
+        raise UsageError(f"Cannot import {where!r} for {what}: {error}.") from error
+    if not hasattr(module, name):
+        raise UsageError(f"{where} has no {name!r}.{did_you_mean(name, dir(module))}")
+    return getattr(module, name)
+
+
+def textenv_ids() -> dict[str, Any]:
+    """Our ids in Gymnasium's registry."""
+    import gymnasium as gym
+
+    import textenv  # noqa: F401  # registers them
+
+    return {name: spec for name, spec in gymnasium_registry(gym).items() if name.startswith("textenv/")}
+
+
+def gymnasium_registry(gym: Any) -> dict[str, Any]:
+    """Gymnasium's registry."""
+    return gym.registry  # type: ignore[no-any-return]
+
+
+def make_envs(env_id: str, num_envs: int, keywords: dict[str, Any]) -> Any:
+    """A vector environment; what the user got wrong is a `UsageError`."""
+    import gymnasium as gym
+
+    known = textenv_ids()
+    if env_id not in known:
+        raise UsageError(
+            f"Unknown environment {env_id!r}; there are {', '.join(sorted(known))}.{did_you_mean(env_id, known)}"
+        )
+    try:
+        return gym.make_vec(env_id, num_envs=num_envs, **keywords)
+    except (ValueError, gym.error.Error) as error:
+        raise UsageError(str(error)) from error
+
+
+def load_run(path: Path, options: EnvArguments, num_envs: int) -> tuple[Any, Any]:
+    """The agent of a run directory (or of a bare checkpoint) and an environment for it."""
+    from agents.base import CheckpointError, read_about
+
+    run = json.loads((path / RUN_FILE).read_text()) if (path / RUN_FILE).is_file() else {}
+    checkpoint = path / CHECKPOINT if run else path
+    try:
+        about = read_about(checkpoint)
+        env_id = getattr(options, "env", None) or run.get("env") or about.get("env")
+        if env_id is None:
+            raise UsageError(f"{checkpoint} does not say which environment it is of: pass --env.")
+        saved = {f.name: run[f.name] for f in dataclasses.fields(EnvArguments) if f.name in run}
+        given = {f.name: getattr(options, f.name) for f in dataclasses.fields(EnvArguments)}
+        merged = EnvArguments(**(saved | {name: value for name, value in given.items() if value not in (None, [])}))
+        envs = make_envs(env_id, num_envs, merged.keywords())
+        return load_agent(run.get("agent") or about["agent"]).load(checkpoint, envs), envs
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
+
+
+class Interruption:
+    """The first Ctrl-C asks the run to stop and save; the second is obeyed at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interruption:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nStopping and saving (Ctrl-C again to stop at once)...", file=sys.stderr)
+
+    def callback(self, save: Callable[[], None], every: int) -> Any:
+        """A stable-baselines3 callback that saves every so many iterations and stops when asked to."""
+        from stable_baselines3.common.callbacks import BaseCallback
+
+        interruption = self
+
+        class Saver(BaseCallback):
+            iterations = 0
+
+            def _on_rollout_start(self) -> None:
+                if self.iterations and self.iterations % every == 0:
+                    save()
+                self.iterations += 1
+
+            def _on_step(self) -> bool:
+                return not interruption.asked
+
+        return Saver()
+
+
+def interval(values: Any) -> str:
+    """Mean and its 95% interval (normal approximation), for a table."""
+    import numpy as np
+
+    if np.isnan(values).all():
+        return "-"
+    half = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return f"{np.mean(values):.3f} ± {half:.3f}"
+
+
+@dataclass(frozen=True)
+class _no_config:  # stands in for an agent's config class
+    """No settings."""
+
+
+def _positional(arguments: Sequence[str], count: int, usage: str) -> tuple[list[str], list[str]]:
+    """The leading positional arguments, and the flags behind them."""
+    arguments = list(arguments)
+    names = arguments[:count]
+    if len(names) < count or any(name.startswith("-") for name in names):
+        if any(flag in arguments for flag in ("-h", "--help")):
+            print(f"usage: {usage}\n\nWith the names in place, --help lists every flag.")
+            sys.exit(0)
+        raise UsageError(f"Expected {usage}")
+    return names, arguments[count:]
+
+
+def _no_flags(arguments: Sequence[str], command: str) -> None:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: textenv {command}\n\n{COMMANDS[command].__doc__}")
+        sys.exit(0)
+    if arguments:
+        raise UsageError(f"textenv {command} takes no arguments, got {' '.join(arguments)}.")
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _summary(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0] if thing.__doc__ else ""
+
+
+def _first_line(module: str) -> str:
+    """The first line of a module's docstring, without importing the module."""
+    import ast
+
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    doc = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return doc.splitlines()[0].split(": ", 1)[-1] if doc else ""
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
