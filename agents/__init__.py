@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agents.base import Agent, AgentConfig, CheckpointError, LanguageModelAgent
     from agents.ppo import PPO, PPOConfig
+    from agents.sft import SFT, SFTConfig
     from agents.uniform import RandomAgent
 
-AGENTS = {"PPO": "agents.ppo", "RandomAgent": "agents.uniform"}
+AGENTS = {"PPO": "agents.ppo", "RandomAgent": "agents.uniform", "SFT": "agents.sft"}
 """Every agent and its file."""
 
 _LAZY = AGENTS | {
@@ -19,17 +20,20 @@ _LAZY = AGENTS | {
     "CheckpointError": "agents.base",
     "LanguageModelAgent": "agents.base",
     "PPOConfig": "agents.ppo",
+    "SFTConfig": "agents.sft",
 }
 
 __all__ = [
     "AGENTS",
     "PPO",
+    "SFT",
     "Agent",
     "AgentConfig",
     "CheckpointError",
     "LanguageModelAgent",
     "PPOConfig",
     "RandomAgent",
+    "SFTConfig",
 ]
 
 

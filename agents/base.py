@@ -7,11 +7,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -29,7 +29,7 @@ from textenv.ledger import Episodes
 from textenv.prompts import Prompts, did_you_mean, encode_prompt
 from textenv.task import quiet_loading
 
-MaybeCallback = None | Callable[[dict[str, Any], dict[str, Any]], bool] | BaseCallback | list[BaseCallback]
+MaybeCallback: TypeAlias = Callable[[dict[str, Any], dict[str, Any]], bool] | BaseCallback | list[BaseCallback] | None
 
 AGENT_FILE, TRAINER_FILE, POLICY_DIR, CRITIC_FILE = "agent.json", "trainer.pt", "policy", "critic.safetensors"
 
@@ -110,13 +110,13 @@ class LanguageModelAgent:
     ) -> None:
         self.env = _checked_env(env)
         self.lanes: TextVectorEnv = env.unwrapped  # type: ignore[assignment]
-        self.config = make_config(type(self), config, overrides)
+        self.config: AgentConfig = make_config(type(self), config, overrides)
         self.seed = seed
 
         seeds = np.random.SeedSequence(seed).spawn(2)
         self.rng, self._predict_rng = (np.random.default_rng(child) for child in seeds)
         self.policy = Policy(self.lanes.reference, self.config.top_k, self.config.top_p)
-        self.lanes.attach_policy(self.policy, pay=self.kl_placement == "reward")
+        self.attach_to_env()
         self.env.reset(seed=seed)
 
         self.num_timesteps = 0
@@ -124,6 +124,7 @@ class LanguageModelAgent:
         self.history: list[dict[str, float]] = []
         self._target_timesteps = 0
         self._seconds = 0.0
+        self._before_rollout: dict[str, Any] | None = None  # progress at the last update, until the next
         self.logger: Logger = configure(str(log_dir) if log_dir else None, _formats(log_dir, verbose))
 
     # ------------------------------------------------------------------ acting
@@ -161,10 +162,10 @@ class LanguageModelAgent:
         Returns:
             One completion per prompt.
         """
-        if not len(prompts):
-            return []
         if isinstance(prompts, str):
             raise ValueError("Expected a list of prompts, got one string: pass [prompt].")
+        if not len(prompts):
+            return []
         task, behaviour = self.lanes.task, self.lanes.behaviour
         ids = [encode_prompt(task.tokenizer, prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         longest = max(len(row) for row in ids)
@@ -172,6 +173,10 @@ class LanguageModelAgent:
         lanes = min(batch_size, len(ids))
         env = TextVectorEnv(lanes, task, beta=0.0, temperature=behaviour.temperature, action_mask=behaviour.action_mask)
         return env.completions(run_prompts(self, env, np.arange(len(ids)), deterministic))
+
+    def get_env(self) -> gym.vector.VectorEnv[Any, Any, Any]:
+        """The environment: what stable-baselines3's callbacks call `training_env`."""
+        return self.env
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """Reseed `predict` and `generate` (training draws from a generator of its own)."""
@@ -185,6 +190,10 @@ class LanguageModelAgent:
             raise ValueError(f"Expected total_timesteps >= 1, got {total_timesteps}.")
         return Learning(self, total_timesteps, callback, progress_bar)
 
+    def attach_to_env(self) -> None:
+        """Have the environment measure this policy's KL, and pay it if that is where the agent has it."""
+        self.lanes.attach_policy(self.policy, pay=self.kl_placement == "reward")
+
     def optimizer(self, *modules: torch.nn.Module) -> torch.optim.Adam:
         """Adam over the policy (and further modules), with InstructGPT's betas and the eps of Ziegler's code."""
         parameters = [*self.policy.parameters(), *(p for module in modules for p in module.parameters())]
@@ -195,19 +204,22 @@ class LanguageModelAgent:
         """Adam's step size."""
         if self.config.learning_rate is not None:
             return self.config.learning_rate
-        return 0.05 / float(self.policy.model.config.get_text_config().hidden_size)
+        width: int = self.policy.model.config.get_text_config().hidden_size
+        return 0.05 / width
 
     def apply_gradients(self, optimizer: torch.optim.Optimizer) -> float:
         """Clip, step, and tell the caches. Returns the gradient's norm before clipping."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
         if not np.isfinite(norm):
+            optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
                 f"The gradient's norm is {norm}; weights are left as they were. Lower the learning rate."
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.policy.invalidate()
+        self._before_rollout = None
         self.accounts["optimizer_steps"] += 1
         return norm
 
@@ -215,22 +227,20 @@ class LanguageModelAgent:
         """Record what the episodes say, under the names all agents share (docs/logged-figures.md)."""
         self.accounts["reward_calls"] += len(episodes)
         self.accounts["reference_tokens"] += int(episodes.response_length.sum())
-        n = episodes.response_length
-        figures = {
-            "rollout/task_reward": episodes.task_reward.mean(),
-            "rollout/return": episodes.rewards.sum(axis=1).mean(),
-            "rollout/kl": episodes.kl.mean(),
-            "rollout/response_length": n.mean(),
-            "rollout/finished": (episodes.finish_reason == "stop").mean(),
-            "rollout/beta": self.lanes.kl.beta,
-        }
-        for name, values in episodes.components.items():
-            if not np.isnan(values).all():
-                figures[f"reward/{name}"] = np.nanmean(values)
+        columns = {
+            "rollout/task_reward": episodes.task_reward,
+            "rollout/return": episodes.rewards.sum(axis=1),
+            "rollout/kl": episodes.kl,
+            "rollout/response_length": episodes.response_length,
+            "rollout/finished": episodes.finish_reason == "stop",
+        } | {f"reward/{name}": values for name, values in episodes.components.items()}
+        for name, values in columns.items():
+            if not np.isnan(values.astype(float)).all():  # what a wrapper has cut has neither task reward nor KL
+                self.logger.record(name, float(np.nanmean(values)))
+        self.logger.record("rollout/beta", self.lanes.kl.beta)
         if self.lanes.reward is not None:
-            figures |= {f"reward/{name}": value for name, value in self.lanes.reward.pop_metrics().items()}
-        for name, value in figures.items():
-            self.logger.record(name, float(value))
+            for name, value in self.lanes.reward.pop_metrics().items():
+                self.logger.record(f"reward/{name}", float(value))
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -245,6 +255,7 @@ class LanguageModelAgent:
     def save(self, path: str | Path) -> None:
         """Write a checkpoint directory, all of it or nothing.
 
+        During a rollout (from a callback, say) it holds the state after the last update: resuming repeats the rollout.
         `policy/` loads with `AutoModelForCausalLM.from_pretrained`; `critic.safetensors` holds what else was trained;
         `trainer.pt` what resuming needs (it loads with `weights_only=True`); `agent.json` says what it is.
         """
@@ -265,21 +276,21 @@ class LanguageModelAgent:
             }
             if tensors:
                 save_file(tensors, scratch / CRITIC_FILE)
-            torch.save(self._trainer_state(), scratch / TRAINER_FILE)
+            progress = self._before_rollout or self._progress()
+            optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers().items()}
+            torch.save({"optimizers": optimizers, **progress}, scratch / TRAINER_FILE)
             about = {
                 "agent": type(self).__name__,
                 "config": asdict(self.config),
                 "seed": self.seed,
-                "num_timesteps": self.num_timesteps,
+                "num_timesteps": progress["num_timesteps"],
                 "env": self.lanes.spec.id if self.lanes.spec else None,
                 "vocab_size": self.lanes.vocab_size,
                 "versions": {name: version(name) for name in ("torch", "transformers", "gymnasium")},
                 "history": self.history,
             }
             (scratch / AGENT_FILE).write_text(json.dumps(about, indent=1))
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(scratch, path)
+            _put_in_place(scratch, path)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -298,25 +309,34 @@ class LanguageModelAgent:
         path = Path(path)
         about = read_about(path)
         if about["agent"] != cls.__name__:
-            raise CheckpointError(f"{path} is a checkpoint of {about['agent']}: load it with {about['agent']}.load.")
+            raise CheckpointError(
+                f"{path} is a checkpoint of {about['agent']}, expected one of {cls.__name__}: load it with {about['agent']}.load."
+            )
+        try:
+            state = torch.load(path / TRAINER_FILE, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"{path / TRAINER_FILE} cannot be read ({type(error).__name__}): it is missing or truncated, or holds objects that plain "
+                "checkpoints do not (which are never unpickled). Take another checkpoint; policy/ may still load by itself."
+            ) from error
         agent = cls(env, seed=about["seed"], **about["config"], **kwargs)
         agent._load_tensors(path)
         try:
-            state = torch.load(path / TRAINER_FILE, weights_only=True)
-        except Exception as error:
+            agent._restore(state)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CheckpointError(
-                f"{path / TRAINER_FILE} cannot be read ({type(error).__name__}): it is truncated, or holds objects that plain "
-                "checkpoints do not (which are never unpickled). Take another checkpoint; policy/ may still load by itself."
+                f"{path / TRAINER_FILE} does not fit ({type(error).__name__}: {error}): expected what {cls.__name__}.save has written for "
+                "an environment like this one. Make the environment as it was, or take another checkpoint."
             ) from error
-        agent._restore(state)
         agent.history = about["history"]
         return agent
 
     def _load_tensors(self, path: Path) -> None:
         policy_file = path / POLICY_DIR / "model.safetensors"
-        expected = self.policy.model.state_dict()
-        tied = set(expected) - set(_unshared(expected))
-        _load_into(self.policy.model, policy_file, optional=tied)
+        stored, expected = _read_tensors(policy_file), self.policy.model.state_dict()
+        tied = set(expected) - set(_unshared(expected))  # stored once, under one of their names
+        _check_tensors(stored, expected, policy_file, optional=tied)
+        self.policy.model.load_state_dict(stored, strict=False)
         modules = self.trained_modules()
         if modules:
             stored = _read_tensors(path / CRITIC_FILE)
@@ -326,15 +346,14 @@ class LanguageModelAgent:
                 module.load_state_dict(part)
         self.policy.invalidate()
 
-    def _trainer_state(self) -> dict[str, Any]:
+    def _progress(self) -> dict[str, Any]:
         return {
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers().items()},
             "rng": self.rng.bit_generator.state,
             "predict_rng": self._predict_rng.bit_generator.state,
             "num_timesteps": self.num_timesteps,
             "target_timesteps": self._target_timesteps,
             "seconds": self._seconds,
-            "accounts": self.accounts,
+            "accounts": dict(self.accounts),
             "env": _as_tensors(self.lanes.get_state()),
         }
 
@@ -357,29 +376,29 @@ class Learning:
         self, agent: LanguageModelAgent, total_timesteps: int, callback: MaybeCallback, progress_bar: bool
     ) -> None:
         self.agent = agent
-        # Counted from the last target, not from where the last call happened to stop: then learn(N) twice runs the same
-        # iterations as learn(2N).
-        agent._target_timesteps += total_timesteps
+        # A call that has run to its end is counted by its target, not by the end of its last rollout: then learn(N) twice
+        # runs the same iterations as learn(2N). One that was stopped is counted by what it has done.
+        agent._target_timesteps = min(agent._target_timesteps, agent.num_timesteps) + total_timesteps
         self.callback = _as_callback(callback)
-        self.callback.init_callback(agent)  # type: ignore[arg-type]  # structurally an SB3 model
+        self.callback.init_callback(agent)
         self.begin, self.total = agent.num_timesteps, agent._target_timesteps
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"), disable=not progress_bar,
         )  # fmt: skip
-        self.stopped = False
 
     def __enter__(self) -> Learning:
+        agent = self.agent
+        agent.attach_to_env()  # another agent on the same environment may have attached its own policy since
+        self.callback.on_training_start({"self": agent, "total_timesteps": self.total}, globals())
         self._clock = time.perf_counter()
         self.progress.start()
-        self._bar = self.progress.add_task(
-            type(self.agent).__name__, total=self.total, completed=self.begin, figures=""
-        )
-        self.callback.on_training_start(locals(), globals())
+        self._bar = self.progress.add_task(type(agent).__name__, total=self.total, completed=self.begin, figures="")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> bool:
         self.progress.stop()
+        self.agent._before_rollout = None
         self.agent.lanes.reference.invalidate()
         self.agent.policy.invalidate()
         if kind is None or kind is StopTraining:
@@ -388,11 +407,12 @@ class Learning:
 
     def more(self) -> bool:
         """Whether to begin another iteration. Caches start empty, so that a resumed run repeats an undisturbed one."""
-        self.agent.policy.invalidate()
-        self.agent.lanes.reference.invalidate()
-        if self.stopped or self.agent.num_timesteps >= self.total:
+        if self.agent.num_timesteps >= self.total:
             return False
         self.callback.on_rollout_start()
+        self.agent.policy.invalidate()
+        self.agent.lanes.reference.invalidate()
+        self.agent._before_rollout = self.agent._progress()
         return True
 
     def on_step(self, tokens: int) -> None:
@@ -417,7 +437,8 @@ class Learning:
             agent.logger.record(f"time/{name}", value)
         agent.logger.record("time/timesteps", agent.num_timesteps)
         agent.logger.record("time/seconds", agent._seconds)
-        figures = {name: float(value) for name, value in agent.logger.name_to_value.items()}
+        logged = agent.logger.name_to_value.items()  # a callback may have recorded a picture or a text as well
+        figures = {name: float(value) for name, value in logged if isinstance(value, int | float | np.number)}
         agent.history.append(figures)
         shown = [
             f"{name} {figures[key]:.3g}"
@@ -437,7 +458,8 @@ def make_config(agent: type[LanguageModelAgent], config: AgentConfig | None, ove
     known = [field.name for field in fields(agent.Config)]
     for name in overrides:
         if name not in known:
-            raise ValueError(f"{agent.__name__} has no setting {name!r}; it has {known}.{did_you_mean(name, known)}")
+            hint = did_you_mean(name, [*known, "seed", "log_dir", "verbose", "config"])
+            raise ValueError(f"{agent.__name__} has no setting {name!r}; it has {known}.{hint}")
     if config is None:
         return agent.Config(**overrides)
     if not isinstance(config, agent.Config):
@@ -459,9 +481,9 @@ def read_about(path: str | Path) -> dict[str, Any]:
     try:
         about = json.loads(file.read_text())
         _ = about["agent"], about["config"], about["seed"], about["history"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{file} is damaged ({type(error).__name__}: {error}). Take another checkpoint."
+            f"{file} is damaged ({type(error).__name__}: {error}): expected JSON with agent, config, seed and history. Take another checkpoint."
         ) from error
     return dict(about)
 
@@ -474,6 +496,11 @@ def _checked_env(env: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
     if not isinstance(env, gym.vector.VectorEnv) or not isinstance(env.unwrapped, TextVectorEnv):
         raise ValueError(
             f"Expected a textenv vector environment (gymnasium.make_vec('textenv/...', num_envs=...)), got {env!r}."
+        )
+    if env.metadata["autoreset_mode"] is gym.vector.AutoresetMode.DISABLED:
+        raise ValueError(
+            "Agents need lanes that begin their next episode by themselves, got autoreset_mode DISABLED: make the environment with "
+            "autoreset_mode='SAME_STEP' or 'NEXT_STEP'."
         )
     return env
 
@@ -505,29 +532,42 @@ def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t for name, t in state.items() if t.data_ptr() not in seen and not seen.add(t.data_ptr())}  # type: ignore[func-returns-value]
 
 
+def _put_in_place(scratch: Path, path: Path) -> None:
+    """Rename a finished directory to `path`; what stood there goes only when its successor is in place."""
+    old = scratch.with_name(f"{scratch.name}-old")
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(scratch, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(file)
+        return dict(load_file(file))
     except Exception as error:
         raise CheckpointError(
-            f"{file} cannot be read ({type(error).__name__}: {error}): missing, truncated or damaged. Take another checkpoint."
+            f"{file} cannot be read ({type(error).__name__}: {error}): it is missing, truncated or damaged; expected tensors as save writes "
+            "them. Take another checkpoint."
         ) from error
 
 
-def _check_tensors(stored: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], file: Path) -> None:
-    for name, tensor in expected.items():
-        if name not in stored or stored[name].shape != tensor.shape:
-            found = tuple(stored[name].shape) if name in stored else "nothing"
+def _check_tensors(
+    stored: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], file: Path, optional: Container[str] = ()
+) -> None:
+    def shape(tensors: dict[str, torch.Tensor], name: str) -> str:
+        return f"of shape {tuple(tensors[name].shape)}" if name in tensors else "missing"
+
+    for name in dict.fromkeys([*expected, *stored]):
+        if shape(stored, name) != shape(expected, name) and not (name in optional and name not in stored):
             raise CheckpointError(
-                f"{file} is of another model: expected {name} of shape {tuple(tensor.shape)}, found {found}. Make the environment with "
-                "the model that the checkpoint was trained from."
+                f"{file} is of another model: expected {name} {shape(expected, name)}, found it {shape(stored, name)}. Make the environment "
+                "with the model that the checkpoint was trained from."
             )
-
-
-def _load_into(module: torch.nn.Module, file: Path, optional: set[str]) -> None:
-    stored, expected = _read_tensors(file), module.state_dict()
-    _check_tensors(stored, {name: t for name, t in expected.items() if name not in optional}, file)
-    module.load_state_dict(stored, strict=False)
 
 
 def _as_tensors(value: Any) -> Any:

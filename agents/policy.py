@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 
 from textenv.ledger import Episodes
 from textenv.lm import LanguageModel, response_index, response_positions, trunk_states
+from textenv.prompts import did_you_mean
 from textenv.sampling import draw, log_prob
 
 
@@ -77,21 +79,24 @@ class Policy:
         """Log-probabilities of every token, in nats. Shape: (N, L) -> (N, V)."""
         return self.lm.log_probs_all(observations)
 
-    def evaluate(self, episodes: Episodes, rows: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def evaluate(
+        self, episodes: Episodes, rows: NDArray[np.int64], entropy_gradient: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Score responses in one teacher-forced pass, never one row per (prefix, token). Differentiable.
 
         Args:
             episodes: Of which `rows` are used.
             rows: Indices. Shape: (B,).
+            entropy_gradient: Whether the entropies are differentiable too: that keeps a second (M, V) array.
 
         Returns:
-            Log-probabilities (B, T), entropies (B, T; detached), both in nats and 0 after a response's end; and the hidden
-            states they came from, back to back (M, d). T is the longest response among `rows`.
+            Log-probabilities (B, T), entropies (B, T), both in nats and 0 after a response's end; and the hidden states they
+            came from, back to back (M, d). T is the longest response among `rows`.
         """
         part = episodes.tokens[rows], episodes.prompt_length[rows], episodes.response_length[rows]
         hidden = self.lm.response_hidden(*part)
         logits, drawn = self.lm.response_logits(hidden, *part)
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             log_p = logits.log_softmax(dim=-1)
             entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(dim=-1)
         return unpack(log_prob(logits, drawn), part[2]), unpack(entropy, part[2]), hidden
@@ -117,7 +122,7 @@ class Critic(nn.Module):
             if kind == "separate":
                 self.trunk = policy.lm.clone().model.base_model
         else:
-            self.trunk, self.head = _from_reward_model(kind)
+            self.trunk, self.head = _from_reward_model(kind, policy.lm.vocab_size)
         self.to(policy.lm.device)
 
     def forward(self, hidden: torch.Tensor, episodes: Episodes, rows: NDArray[np.int64]) -> torch.Tensor:
@@ -162,13 +167,24 @@ def unpack(flat: torch.Tensor, lengths: NDArray[np.int64]) -> torch.Tensor:
     return out.index_put(index, flat)
 
 
-def _from_reward_model(source: Any) -> tuple[nn.Module, nn.Linear]:
+def _from_reward_model(source: Any, vocab_size: int) -> tuple[nn.Module, nn.Linear]:
     import copy
 
     from rewards import RewardModel
 
-    reward_model = RewardModel.from_pretrained(source) if not isinstance(source, RewardModel) else source
+    if isinstance(source, str | Path) and not Path(source).is_dir():
+        raise ValueError(
+            f"Expected critic to be 'head', 'separate' or the directory of a reward model, got {str(source)!r}, which is no directory."
+            f"{did_you_mean(str(source), ['head', 'separate'])}"
+        )
+    reward_model = source if isinstance(source, RewardModel) else RewardModel.from_pretrained(source)
     classifier = copy.deepcopy(reward_model.model).requires_grad_(True).eval()
+    known = classifier.get_input_embeddings().weight.shape[0]
+    if known < vocab_size:
+        raise ValueError(
+            f"The critic's reward model knows {known} tokens, the policy {vocab_size}: a critic reads the policy's own token ids. Take a "
+            "reward model with the policy's tokenizer."
+        )
     head = nn.Linear(classifier.score.in_features, 1)
     with torch.no_grad():
         head.weight.copy_(classifier.score.weight)

@@ -96,7 +96,8 @@ def _collect_stepwise(
 ) -> Episodes:
     """The same through rewards as `env.step` pays them. Episodes that start after the B-th are run for nothing.
 
-    They keep the sample fair: to take the first B that *finish* would over-represent short responses.
+    They keep the sample fair: to take the first B that *finish* would over-represent short responses. Where a wrapper cuts
+    an episode, `finish_reason` is "truncated", and task reward and KL are nan unless the wrapper gives them.
     """
     lanes: TextVectorEnv = env.unwrapped  # type: ignore[assignment]
     n, width, budget = env.num_envs, lanes.max_tokens, lanes.task.max_new_tokens
@@ -118,22 +119,25 @@ def _collect_stepwise(
             index[lane] = started if started < episodes else -1
             if index[lane] >= 0:
                 i = index[lane]
-                ints["lane"][i], ints["prompt_id"][i] = lane, info["prompt_id"][lane]
-                ints["group_id"][i] = info["group_id"][lane] if "group_id" in info else -1
+                ints["lane"][i] = lane
+                ints["prompt_id"][i], ints["group_id"][i] = (
+                    _at(info, lane, name, -1) for name in ("prompt_id", "group_id")
+                )
                 ints["prompt_length"][i] = (observations[lane] != lanes.vocab_size).sum()
                 started += 1
 
     observations, info = env.reset()
     start(np.ones(n, bool), observations, info)
     ended = np.zeros(n, bool)  # at the last step; in NEXT_STEP mode the coming step resets these lanes
-    same_step = lanes.autoreset_mode is gym.vector.AutoresetMode.SAME_STEP
+    same_step = env.metadata["autoreset_mode"] is gym.vector.AutoresetMode.SAME_STEP
     while finished < episodes:
         actions, log_probs = policy.act(observations, rng)
         before = observations
         observations, rewards, terminations, truncations, info = env.step(actions)
+        acted = np.ones(n, bool) if same_step else ~ended
         if not same_step:
             start(ended, observations, info)
-        live = np.flatnonzero((index >= 0) & ~(ended & (not same_step)))
+        live = np.flatnonzero((index >= 0) & acted)
         i, place = index[live], (before[live] != lanes.vocab_size).sum(axis=1) - ints["prompt_length"][index[live]]
         floats["log_probs"][i, place], floats["rewards"][i, place] = log_probs[live], rewards[live]
         ended = terminations | truncations
@@ -142,27 +146,33 @@ def _collect_stepwise(
             i = index[lane]
             tokens[i] = info["final_obs"][lane] if same_step else observations[lane]
             ints["response_length"][i] = (tokens[i] != lanes.vocab_size).sum() - ints["prompt_length"][i]
-            reasons[i] = final["finish_reason"][lane] if terminations[lane] else "truncated"
-            for name in scalars:
-                if name in final and final[f"_{name}"][lane]:
-                    scalars[name][i] = final[name][lane]
+            reasons[i] = _at(final, lane, "finish_reason", "terminated") if terminations[lane] else "truncated"
+            for name, column in scalars.items():
+                column[i] = _at(final, lane, name, np.nan)
             for key in final:
-                if key.startswith("reward/") and final[f"_{key}"][lane]:
-                    components.setdefault(key.removeprefix("reward/"), np.full(episodes, np.nan))[i] = final[key][lane]
+                if key.startswith("reward/"):
+                    column = components.setdefault(key.removeprefix("reward/"), np.full(episodes, np.nan))
+                    column[i] = _at(final, lane, key, np.nan)
             index[lane] = -1
             finished += 1
         if same_step:
             start(ended, observations, info)
-        on_step(int(n - (0 if same_step else ended.sum())))
+        on_step(int(acted.sum()))
+    mask = np.arange(budget) < ints["response_length"][:, None]
     return Episodes(
         order=np.arange(episodes),
         tokens=tokens,
         finish_reason=reasons,
         log_probs=floats["log_probs"],
-        ref_log_probs=np.full_like(floats["log_probs"], np.nan),
+        ref_log_probs=np.where(mask, np.nan, 0.0),
         kl=scalars["kl"],
         rewards=floats["rewards"],
         task_reward=scalars["task_reward"],
         components=components,
         **ints,
     )
+
+
+def _at(info: dict[str, Any], lane: int | np.integer[Any], name: str, default: Any) -> Any:
+    """An entry of a vector info, where the lane has one."""
+    return info[name][lane] if name in info and info[f"_{name}"][lane] else default

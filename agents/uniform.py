@@ -21,7 +21,8 @@ class RandomAgent(LanguageModelAgent):
     def __init__(self, env: Any, **kwargs: Any) -> None:
         super().__init__(env, **kwargs)
         with torch.no_grad():  # all logits equal; the action mask still applies
-            self.policy.model.get_output_embeddings().weight.zero_()
+            for parameter in self.policy.model.get_output_embeddings().parameters():  # some heads have a bias
+                parameter.zero_()
         self.policy.invalidate()
 
     def learn(self, total_timesteps: int, callback: MaybeCallback = None, progress_bar: bool = False) -> Self:

@@ -1,0 +1,103 @@
+"""Advantages against hand-worked values and stable-baselines3's own buffer."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.buffers import RolloutBuffer
+
+from agents.advantages import gae, masked_mean, whiten
+
+
+def ragged(seed=0, rows=6, width=7):
+    rng = np.random.default_rng(seed)
+    lengths = np.array([7, 1, 3, 7, 2, 5])[:rows]
+    mask = np.arange(width) < lengths[:, None]
+    rewards, values = (rng.normal(size=(rows, width)) * mask for _ in range(2))
+    return lengths, torch.from_numpy(mask), torch.from_numpy(rewards), torch.from_numpy(values)
+
+
+def test_gae_hand_worked():
+    # delta = r + V' - V = 1 + 1 - 0.5, 0 - 1 - 1, 2 + 0 + 1;  A = 3, then -2 + 3/2, then 1.5 - 0.5/2
+    rewards, values = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[0.5, 1.0, -1.0]])
+    advantages, targets = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=0.5)
+    assert advantages.tolist() == [[1.25, -0.5, 3.0]]
+    assert targets.tolist() == [[1.75, 0.5, 2.0]]
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("cut", [False, True])
+def test_gae_equals_stable_baselines3(gamma, lam, cut):
+    """The rows stand one after another in one lane of SB3's buffer, so a leak over a border would show."""
+    lengths, mask, rewards, values = ragged()
+    bootstrap = torch.zeros(len(lengths), dtype=torch.float64)
+    if cut:
+        bootstrap[[1, 4]] = torch.tensor([2.0, -3.0], dtype=torch.float64)
+    space = gym.spaces.Box(0, 1, (1,))
+    buffer = RolloutBuffer(
+        int(lengths.sum()), space, gym.spaces.Discrete(2), gamma=gamma, gae_lambda=lam, n_envs=1, device="cpu"
+    )
+    for i, n in enumerate(lengths):
+        for t in range(n):
+            # SB3 bootstraps a truncated episode by adding gamma V to its last reward ("Handle timeout by bootstraping")
+            extra = gamma * bootstrap[i].item() if t == n - 1 else 0.0
+            reward, value = np.array([rewards[i, t].item() + extra]), values[i, t].reshape(1, 1)
+            buffer.add(np.zeros((1, 1)), np.zeros((1, 1)), reward, np.array([t == 0]), value, torch.zeros(1))
+    buffer.compute_returns_and_advantage(torch.zeros(1), np.ones(1))
+
+    advantages, targets = gae(rewards, values, mask, gamma, lam, bootstrap)
+    np.testing.assert_allclose(advantages[mask].numpy(), buffer.advantages[:, 0], atol=1e-5)
+    np.testing.assert_allclose(targets[mask].numpy(), buffer.returns[:, 0], atol=1e-5)
+    assert (advantages[~mask] == 0).all()
+    assert (targets[~mask] == 0).all()
+
+
+def test_lambda_one_is_return_minus_value():
+    lengths, mask, rewards, values = ragged()
+    advantages, targets = gae(rewards, values, mask, lam=1.0)
+    for i, n in enumerate(lengths):
+        to_go = [rewards[i, t:n].sum().item() for t in range(n)]
+        np.testing.assert_allclose(advantages[i, :n].numpy(), np.array(to_go) - values[i, :n].numpy(), atol=1e-12)
+        np.testing.assert_allclose(targets[i, :n].numpy(), to_go, atol=1e-12)
+
+
+def test_rows_are_episodes_of_their_own():
+    _, mask, rewards, values = ragged()
+    together, _ = gae(rewards, values, mask)
+    for i in range(len(mask)):
+        alone, _ = gae(rewards[i : i + 1], values[i : i + 1], mask[i : i + 1])
+        assert torch.equal(alone[0], together[i])
+
+
+def test_bootstrap_counts_where_a_row_was_cut_and_nowhere_else():
+    """A chain that pays 1 for ever, cut at three steps, is worth 1 / (1 - gamma) everywhere. Without bootstrap it is not."""
+    gamma, value = 0.9, 1 / (1 - 0.9)
+    rewards, values = torch.ones(2, 3), torch.full((2, 3), value)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    cut, _ = gae(rewards, values, mask, gamma, 0.95, bootstrap=torch.tensor([value, 0.0]))
+    torch.testing.assert_close(cut[0], torch.zeros(3))
+    assert (cut[1] < -1).all()
+
+
+def test_whiten_hand_worked():
+    # mean 2, *population* variance 1 (a sample variance would be 2); what is masked takes no part
+    x, mask = torch.tensor([[1.0, 100.0], [3.0, -7.0]]), torch.tensor([[True, False], [True, False]])
+    torch.testing.assert_close(whiten(x, mask), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+    torch.testing.assert_close(whiten(x, mask, shift_mean=False), torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+    # mean 2, standard deviation 2
+    x, mask = torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.ones(1, 4, dtype=torch.bool)
+    torch.testing.assert_close(whiten(x, mask), torch.tensor([[-1.0, -1.0, 1.0, 1.0]]))
+    torch.testing.assert_close(whiten(x, mask, shift_mean=False), torch.tensor([[1.0, 1.0, 3.0, 3.0]]))
+
+
+def test_whitening_equal_values_stays_finite():
+    x, mask = torch.full((2, 2), 5.0), torch.ones(2, 2, dtype=torch.bool)
+    assert (whiten(x, mask) == 0).all()
+
+
+def test_masked_mean():
+    x, mask = torch.tensor([[1.0, 2.0], [6.0, 50.0]]), torch.tensor([[True, True], [True, False]])
+    assert masked_mean(x, mask).item() == 3.0
+    assert masked_mean(x, torch.zeros(2, 2, dtype=torch.bool)).item() == 0.0
