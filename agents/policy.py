@@ -5,17 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from textenv.ledger import Episodes
 from textenv.lm import LanguageModel, response_index, response_positions, trunk_states
 from textenv.prompts import did_you_mean
 from textenv.sampling import draw, log_prob
+
+
+class Responses(Protocol):
+    """Prompts with their responses: `textenv.Episodes`, or demonstrations."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """Prompt, response, padding. Shape: (B, L)."""
+        ...
+
+    @property
+    def prompt_length(self) -> NDArray[np.int64]:
+        """Shape: (B,)."""
+        ...
+
+    @property
+    def response_length(self) -> NDArray[np.int64]:
+        """Shape: (B,)."""
+        ...
 
 
 class Policy:
@@ -80,7 +98,7 @@ class Policy:
         return self.lm.log_probs_all(observations)
 
     def evaluate(
-        self, episodes: Episodes, rows: NDArray[np.int64], entropy_gradient: bool = False
+        self, episodes: Responses, rows: NDArray[np.int64], entropy_gradient: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Score responses in one teacher-forced pass, never one row per (prefix, token). Differentiable.
 
@@ -125,7 +143,7 @@ class Critic(nn.Module):
             self.trunk, self.head = _from_reward_model(kind, policy.lm.vocab_size)
         self.to(policy.lm.device)
 
-    def forward(self, hidden: torch.Tensor, episodes: Episodes, rows: NDArray[np.int64]) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, episodes: Responses, rows: NDArray[np.int64]) -> torch.Tensor:
         """V of the states before each response token, 0 after a response's end. Differentiable.
 
         Args:
@@ -143,20 +161,20 @@ class Critic(nn.Module):
         return unpack(self.head(hidden.float()).squeeze(-1), n)
 
     @torch.no_grad()
-    def values(self, policy: Policy, episodes: Episodes, rows: NDArray[np.int64]) -> torch.Tensor:
+    def values(self, policy: Policy, episodes: Responses, rows: NDArray[np.int64]) -> torch.Tensor:
         """As `forward`, without gradient and without the policy's states at hand. Shape: (B, T)."""
         part = episodes.tokens[rows], episodes.prompt_length[rows], episodes.response_length[rows]
         hidden = policy.lm.response_hidden(*part) if self.trunk is None else torch.empty(0)
-        return self(hidden, episodes, rows)  # type: ignore[no-any-return]
+        return self(hidden, episodes, rows)
 
     @torch.no_grad()
-    def final_values(self, policy: Policy, episodes: Episodes, rows: NDArray[np.int64]) -> torch.Tensor:
+    def final_values(self, policy: Policy, episodes: Responses, rows: NDArray[np.int64]) -> torch.Tensor:
         """V of the states after the last token, for episodes that a wrapper has cut. Shape: (B,)."""
         lengths = episodes.prompt_length[rows] + episodes.response_length[rows]
         trunk = self.trunk if self.trunk is not None else policy.model.base_model
         states = trunk_states(trunk, episodes.tokens[rows], lengths)
         last = torch.from_numpy(lengths - 1).to(states.device)
-        return self.head(states[torch.arange(len(rows)), last].float()).squeeze(-1)  # type: ignore[no-any-return]
+        return self.head(states[torch.arange(len(rows)), last].float()).squeeze(-1)
 
 
 def unpack(flat: torch.Tensor, lengths: NDArray[np.int64]) -> torch.Tensor:

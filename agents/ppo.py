@@ -154,7 +154,7 @@ class PPO(LanguageModelAgent):
                 ptx_loss = self.ptx_loss()
                 loss = loss + cfg.ptx_coef * ptx_loss
                 figures["ptx_loss"].append(ptx_loss.item())
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             figures["grad_norm"].append(self.apply_gradients(self.adam))
             self.accounts["gradient_tokens"] += int(episodes.response_length[rows].sum())
             figures["policy_loss"].append(policy_loss.item())

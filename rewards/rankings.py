@@ -183,7 +183,7 @@ def train_reward_model(
                 scores, pad_sequence([ranks[i] for i in batch], batch_first=True, padding_value=math.nan)
             )
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.item())

@@ -66,6 +66,7 @@ def __dir__() -> list[str]:
 for _id, _module in {
     "textenv/Arithmetic-v0": "arithmetic",
     "textenv/Prompts-v0": "prompts",
+    "textenv/Tree-v0": "tree",
 }.items():
     register(
         _id,

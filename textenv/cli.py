@@ -51,7 +51,11 @@ class EnvArguments:
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments for `gymnasium.make_vec`."""
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("env_arg", "reward")}
+        given = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(EnvArguments)
+            if f.name not in ("env_arg", "reward")
+        }
         keywords = {name: value for name, value in given.items() if value is not None}
         if self.reward is not None:
             keywords["reward"] = load_object(self.reward, "--reward")
@@ -94,13 +98,13 @@ def train(arguments: Sequence[str]) -> None:
     agent_class = load_agent(names[0])
     config_class: type[Any] = getattr(agent_class, "Config", None) or _no_config
 
-    @dataclass(frozen=True)
-    class Command:
-        train: Annotated[TrainArguments, tyro.conf.arg(name="")] = field(default_factory=TrainArguments)
-        config: Annotated[config_class, tyro.conf.arg(name="")] = field(default_factory=config_class)  # type: ignore[valid-type]
-
-    command = tyro.cli(
-        Command, args=flags, prog=f"textenv train {names[0]} {names[1]}", description=_summary(agent_class)
+    parts = [("train", TrainArguments), ("config", config_class)]
+    command_class = dataclasses.make_dataclass(
+        "Command",
+        [(name, Annotated[part, tyro.conf.arg(name="")], field(default_factory=part)) for name, part in parts],
+    )
+    command: Any = tyro.cli(
+        command_class, args=flags, prog=f"textenv train {names[0]} {names[1]}", description=_summary(agent_class)
     )
     options, config = command.train, command.config
     out = options.out or Path("runs") / f"{agent_class.__name__}-{names[1].split('/')[-1]}-seed{options.seed}"
@@ -109,7 +113,7 @@ def train(arguments: Sequence[str]) -> None:
         raise UsageError(f"{out} holds a run already. Go on with it (--resume), or choose another --out.")
     if options.resume and not checkpoint.exists():
         raise UsageError(f"Nothing to resume: there is no checkpoint in {out}.")
-    envs = make_envs(names[1], options.num_envs, options.keywords())
+    envs = make_envs(names[1], options.num_envs, remembered(out, options).keywords())
     _set_threads(options.threads)
     if options.resume:
         agent = agent_class.load(checkpoint, envs, log_dir=out, verbose=int(options.verbose))
@@ -129,7 +133,7 @@ def train(arguments: Sequence[str]) -> None:
     agent.save(checkpoint)
     if interruption.asked:
         print(f"Interrupted after {agent.num_timesteps:,} tokens; the last finished update is in {checkpoint}.")
-        print(f"Go on with: textenv train {names[0]} {names[1]} --out {out} --resume [the same flags]")
+        print(f"Go on with: textenv train {names[0]} {names[1]} --out {out} --resume")
     else:
         last = {name: value for name, value in agent.history[-1].items() if name.startswith("rollout/")}
         print("  ".join(f"{name.removeprefix('rollout/')} {value:.3g}" for name, value in last.items()))
@@ -279,12 +283,12 @@ def load_agent(name: str) -> type[Any]:
     from agents import AGENTS
 
     if ":" in name:
-        return load_object(name, "the agent")  # type: ignore[no-any-return]
+        return load_object(name, "the agent")
     if name not in AGENTS:
         raise UsageError(
             f"Unknown agent {name!r}; there are {', '.join(AGENTS)}, or yours as module:Class.{did_you_mean(name, AGENTS)}"
         )
-    return getattr(importlib.import_module(AGENTS[name]), name)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(AGENTS[name]), name)
 
 
 def load_object(spec: str, what: str) -> Any:
@@ -297,7 +301,8 @@ def load_object(spec: str, what: str) -> Any:
             if not Path(where).is_file():
                 raise UsageError(f"No such file: {where}.")
             module_spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            assert module_spec is not None and module_spec.loader is not None
+            assert module_spec is not None
+            assert module_spec.loader is not None
             module = importlib.util.module_from_spec(module_spec)
             module_spec.loader.exec_module(module)
         else:
@@ -321,7 +326,7 @@ def textenv_ids() -> dict[str, Any]:
 
 def gymnasium_registry(gym: Any) -> dict[str, Any]:
     """Gymnasium's registry."""
-    return gym.registry  # type: ignore[no-any-return]
+    return gym.registry
 
 
 def make_envs(env_id: str, num_envs: int, keywords: dict[str, Any]) -> Any:
@@ -350,13 +355,18 @@ def load_run(path: Path, options: EnvArguments, num_envs: int) -> tuple[Any, Any
         env_id = getattr(options, "env", None) or run.get("env") or about.get("env")
         if env_id is None:
             raise UsageError(f"{checkpoint} does not say which environment it is of: pass --env.")
-        saved = {f.name: run[f.name] for f in dataclasses.fields(EnvArguments) if f.name in run}
-        given = {f.name: getattr(options, f.name) for f in dataclasses.fields(EnvArguments)}
-        merged = EnvArguments(**(saved | {name: value for name, value in given.items() if value not in (None, [])}))
-        envs = make_envs(env_id, num_envs, merged.keywords())
+        envs = make_envs(env_id, num_envs, remembered(path, options).keywords())
         return load_agent(run.get("agent") or about["agent"]).load(checkpoint, envs), envs
     except CheckpointError as error:
         raise UsageError(str(error)) from error
+
+
+def remembered(path: Path, options: EnvArguments) -> EnvArguments:
+    """The environment's arguments: those given, and for the rest those of the run in `path`, if there is one."""
+    run = json.loads((path / RUN_FILE).read_text()) if (path / RUN_FILE).is_file() else {}
+    names = [f.name for f in dataclasses.fields(EnvArguments)]
+    given = {name: getattr(options, name) for name in names if getattr(options, name) not in (None, [])}
+    return EnvArguments(**({name: run[name] for name in names if name in run} | given))
 
 
 class Interruption:
@@ -449,7 +459,8 @@ def _first_line(module: str) -> str:
     import ast
 
     spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     doc = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
     return doc.splitlines()[0].split(": ", 1)[-1] if doc else ""
 

@@ -169,15 +169,16 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             raise ValueError(
                 f"These prompts have no `demonstration` column, only {list(prompts.columns) or 'prompts'}."
             )
-        return list(zip(prompts.token_ids, prompts.demonstrations, strict=True))
+        pairs = zip(prompts.token_ids, prompts.demonstrations, strict=True)
+        return [(prompt, response) for prompt, response in pairs if response is not None]
 
     @property
     def needs_reference(self) -> bool:
         """Whether the reference model is run: to pay or to report the KL."""
         return self.kl.policy is not None or self.kl.kind == "reference"
 
-    @property
-    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]  # as SyncVectorEnv: one per lane
+    @property  # type: ignore[misc]  # read only, as SyncVectorEnv's
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]  # one per lane
         """The lanes' generators. Lane i of `reset(seed=s)` has that of a single environment with seed s + i."""
         return tuple(self._rng(lane) for lane in range(self.num_envs))
 
@@ -205,7 +206,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         if mask.all():
             if all(value is not None for value in seeds):
                 self._streams = self._new_streams()
-            else:
+            elif "reset_mask" not in (options or {}):  # lanes that a mask names only go on, be they all of them
                 for stream in self._streams:
                     stream.align()
             if self._ledger is not None:
@@ -213,12 +214,16 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         self._begin(np.flatnonzero(mask), chosen)
         if self.render_mode == "human":
             self._print(np.flatnonzero(mask))
-        return self._tokens.copy(), self._start_info(mask)
+        return self._tokens.copy(), self._start_info(mask & ~self._done)
 
     def _begin(self, lanes: INTS, chosen: INTS | None = None) -> None:
         """Put each lane at the start of an episode, or leave it idle when a deferred block has started all it wants."""
         for lane in lanes:
             if self._ledger is not None and self._ledger.full:
+                if (
+                    self._length[lane] == 0
+                ):  # never reset. Policies are asked about all lanes, so it shows lane 0's prompt
+                    self._tokens[lane], self._length[lane] = self._tokens[0], self._length[0]
                 continue
             prompt_id, group_id = self._draw(lane) if chosen is None else (int(chosen[lane]), -1)
             prompt = self.task.prompts.token_ids[prompt_id]
@@ -336,8 +341,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             return 0.0
         log_prob = None
         if self.kl.policy is not None:
-            # All lanes are asked about, idle ones too: whole batches keep a policy's cache in step.
-            log_prob = self.kl.log_probs(self._tokens.copy(), actions)[lanes]
+            log_prob = self.kl.log_probs(self._tokens.copy(), actions, lanes)
             if self._ledger is not None:
                 self._ledger.record(lanes, place, log_prob)
         if self._ledger is not None:
@@ -469,25 +473,31 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         if seed is None:
             return [None] * self.num_envs
         if isinstance(seed, int | np.integer):
-            return [int(seed) + lane for lane in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise ValueError(f"Expected one seed, or one for each of the {self.num_envs} lanes, got {len(seed)}.")
-        return list(seed)
+            seeds: list[int | None] = [int(seed) + lane for lane in range(self.num_envs)]
+        elif isinstance(seed, Sequence | np.ndarray) and len(seed) == self.num_envs:
+            seeds = list(seed)
+        else:
+            raise ValueError(f"Expected one seed, or one for each of the {self.num_envs} lanes, got {seed!r}.")
+        for value in seeds:
+            if value is not None and not (isinstance(value, int | np.integer) and value >= 0):
+                raise ValueError(f"Expected each seed to be an integer >= 0 (or None), got {value!r}.")
+        return [None if value is None else int(value) for value in seeds]
 
     def _chosen_prompts(self, options: dict[str, Any] | None) -> INTS | None:
         chosen = (options or {}).get("prompt_id")
         if chosen is None:
             return None
-        ids = np.broadcast_to(np.asarray(chosen), (self.num_envs,))
-        if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= len(self.task.prompts):
+        ids, n = np.asarray(chosen), len(self.task.prompts)
+        fits = np.issubdtype(ids.dtype, np.integer) and ids.shape in ((), (self.num_envs,))
+        if not fits or ids.min() < 0 or ids.max() >= n:
             raise ValueError(
-                f"Expected options['prompt_id'] between 0 and {len(self.task.prompts) - 1}, got {chosen!r}."
+                f"Expected options['prompt_id'] to be one id, or {self.num_envs} of them, between 0 and {n - 1}, got {chosen!r}."
             )
         if self.group_size > 1:
             raise ValueError(
                 "options['prompt_id'] and group_size > 1 exclude each other: a group's prompts come from its own stream."
             )
-        return ids
+        return np.broadcast_to(ids, (self.num_envs,))
 
     # ------------------------------------------------------------------ deferred blocks
 
@@ -539,10 +549,17 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             "generators": generators,
             "controller": controller,
             "steps": self._steps,
+            "group_size": self.group_size,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go back to a state that `get_state` gave, of an environment with the same task and number of lanes."""
+        """Go back to a state that `get_state` gave, of an environment with the same task, number of lanes and group size."""
+        if self._ledger is not None:
+            raise RuntimeError("The state cannot be set inside a deferred block.")
+        if state["group_size"] != self.group_size:
+            raise ValueError(
+                f"This state is of another environment: its group_size is {state['group_size']}, expected {self.group_size}."
+            )
         arrays = state["arrays"]
         for name in self._STATE:
             here = getattr(self, name)
@@ -565,7 +582,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             setattr(self.kl.controller, name, _copied(value))
         self._steps = state["steps"]
 
-    def render(self) -> tuple[str, ...] | None:  # type: ignore[override]  # Gymnasium's RenderFrame is a TypeVar
+    def render(self) -> tuple[str, ...] | None:
         """The lanes' texts, tokens coloured by reward (`"ansi"`). In `"human"` mode tokens print as they come."""
         if self.render_mode is None:
             gym.logger.warn(
@@ -632,8 +649,8 @@ class TextEnv(gym.Env[INTS, np.int64]):
         if seed is not None:
             self.lanes._streams = self.lanes._new_streams()
         self.lanes._rngs[0] = self.np_random
-        options = {name: value for name, value in (options or {}).items() if name != "reset_mask"}
-        observations, infos = self.lanes.reset(options=options)
+        # With a mask the lane goes on in its prompt stream, so that group_size counts episodes over resets.
+        observations, infos = self.lanes.reset(options={**(options or {}), "reset_mask": np.ones(1, bool)})
         return observations[0], _first(infos)
 
     def step(self, action: np.int64 | int) -> tuple[INTS, float, bool, bool, dict[str, Any]]:
@@ -645,7 +662,8 @@ class TextEnv(gym.Env[INTS, np.int64]):
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Allowed tokens at the current observation. Shape: (V,), True = allowed."""
-        return self.lanes.action_masks()[0]
+        (mask,) = self.lanes.action_masks()
+        return mask
 
     @property
     def tokenizer(self) -> Any:
@@ -667,7 +685,7 @@ class TextEnv(gym.Env[INTS, np.int64]):
         self.lanes._rngs[0] = self.np_random
         self.lanes.set_state(state)
 
-    def render(self) -> str | None:  # type: ignore[override]  # Gymnasium's RenderFrame is a TypeVar
+    def render(self) -> str | None:
         """The episode's text, tokens coloured by reward."""
         frames = self.lanes.render()
         return None if frames is None else frames[0]
@@ -687,7 +705,7 @@ def autoreset(mode: AutoresetMode | str) -> AutoresetMode:
 
 def _frozen_mask(mask: Any, vocab_size: int) -> ActionMask | None:
     if mask is None or callable(mask):
-        return mask  # type: ignore[no-any-return]
+        return mask
     array = np.array(mask)
     if array.dtype != np.bool_ or array.shape != (vocab_size,) or not array.any():
         raise ValueError(

@@ -131,14 +131,26 @@ class KLPenalty:
             return 0.0
         return -beta * log_ratio
 
-    def log_probs(self, observations: NDArray[np.int64], actions: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The attached policy's log-probabilities, checked. Shapes: (N, L), (N,) -> (N,), nats."""
+    def log_probs(
+        self, observations: NDArray[np.int64], actions: NDArray[np.int64], lanes: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """The attached policy's log-probabilities of what `lanes` do, checked. Shapes: (N, L), (N,), (M,) -> (M,), nats.
+
+        All lanes are asked about, idle ones too: whole batches keep a policy's cache in step.
+        """
         assert self.policy is not None
         values = np.asarray(self.policy.log_probs(observations, actions), dtype=np.float64)
-        if values.shape != actions.shape or np.isnan(values).any():
+        if values.shape != actions.shape:
             raise ValueError(
-                f"Expected {type(self.policy).__name__}.log_probs to return {actions.shape} log-probabilities without nan, "
-                f"got shape {values.shape}{' with nan' if np.isnan(values).any() else ''}."
+                f"Expected {type(self.policy).__name__}.log_probs to return one log-probability per lane, shape {actions.shape}, got {values.shape}."
+            )
+        values = values[lanes]
+        if not np.isfinite(values).all():
+            lane = lanes[~np.isfinite(values)][0]
+            raise ValueError(
+                f"Expected finite log-probabilities from {type(self.policy).__name__}.log_probs, got {values[lanes == lane][0]} for token "
+                f"{actions[lane]} of lane {lane}. The KL is that of the policy that acts: attach the one that draws the actions, with its "
+                "temperature, top-k and top-p."
             )
         return values
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -18,6 +19,8 @@ from textenv.prompts import Prompts, PromptSource, choose_split, did_you_mean, l
 
 if TYPE_CHECKING:
     from textenv.env import TextEnv, TextVectorEnv
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -168,11 +171,18 @@ def default_stop_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ..
     return tuple(dict.fromkeys(int(token) for token in flat if token is not None))
 
 
-def entry_points(task: Callable[..., Task]) -> tuple[Callable[..., TextEnv], Callable[..., TextVectorEnv]]:
+def entry_points(
+    task: Callable[..., Task], env: type[TextEnv] | None = None, vector_env: type[TextVectorEnv] | None = None
+) -> tuple[Callable[..., TextEnv], Callable[..., TextVectorEnv]]:
     """The two callables that Gymnasium's registry wants, from a function that builds a `Task`.
 
     Keywords that `task` names go there, the rest to the environment. An unknown one is a ValueError: Gymnasium rewraps
     a TypeError together with every keyword, the whole list of prompts among them.
+
+    Args:
+        task: Builds the task.
+        env: The class of the single environment; None is `TextEnv`.
+        vector_env: The class of the vector environment; None is `TextVectorEnv`.
     """
 
     def split_keywords(kwargs: dict[str, Any]) -> tuple[Task, dict[str, Any]]:
@@ -201,12 +211,25 @@ def entry_points(task: Callable[..., Task]) -> tuple[Callable[..., TextEnv], Cal
         from textenv.env import TextEnv
 
         built, env_kwargs = split_keywords(kwargs)
-        return TextEnv(built, **env_kwargs)
+        return (env or TextEnv)(built, **env_kwargs)
 
     def make_vec(num_envs: int = 1, **kwargs: Any) -> TextVectorEnv:
         from textenv.env import TextVectorEnv
 
         built, env_kwargs = split_keywords(kwargs)
-        return TextVectorEnv(num_envs, built, **env_kwargs)
+        return (vector_env or TextVectorEnv)(num_envs, built, **env_kwargs)
 
-    return make, make_vec
+    return _readable(make), _readable(make_vec)
+
+
+def _readable(create: Callable[..., Made]) -> Callable[..., Made]:
+    """Turn a TypeError into a ValueError, which Gymnasium lets pass as it is."""
+
+    @functools.wraps(create)
+    def readable(**kwargs: Any) -> Made:
+        try:
+            return create(**kwargs)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+    return readable
