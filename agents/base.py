@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
-from stable_baselines3.common.logger import Logger, configure
+from stable_baselines3.common.logger import CSVOutputFormat, Logger, configure
 
 from agents.policy import Policy
 from agents.rollout import StopTraining, run_prompts
@@ -329,6 +329,9 @@ class LanguageModelAgent:
                 "an environment like this one. Make the environment as it was, or take another checkpoint."
             ) from error
         agent.history = about["history"]
+        for csv in (f for f in agent.logger.output_formats if isinstance(f, CSVOutputFormat)):
+            for row in agent.history:  # the file begins anew: write again what the first run had logged
+                csv.write(row, dict.fromkeys(row, ()), int(row["time/timesteps"]))
         return agent
 
     def _load_tensors(self, path: Path) -> None:

@@ -22,7 +22,7 @@ class DemoArguments:
 
     seed: int = 0
     """Of training and sampling."""
-    total_timesteps: int = 60_000
+    total_timesteps: int = 120_000
     """Tokens to sample in training."""
     out: Path = RUN
     """Where pictures and figures go."""
@@ -39,9 +39,17 @@ def run_demo(options: DemoArguments) -> dict[str, Any]:
 
     torch.set_num_threads(1)  # at this size a second thread costs more than it brings
     console = Console()
-    envs = gym.make_vec("textenv/Arithmetic-v0", num_envs=64, beta=0.02)
+    envs = gym.make_vec("textenv/Arithmetic-v0", num_envs=128, beta=0.02)
     unseen = gym.make_vec("textenv/Arithmetic-v0", num_envs=128, split="test", beta=0.02)
-    agent = PPO(envs, seed=options.seed, log_dir=options.out)
+    agent = PPO(
+        envs,
+        seed=options.seed,
+        log_dir=options.out,
+        learning_rate=1e-3,
+        episodes_per_update=256,
+        minibatch_episodes=256,
+        epochs=4,
+    )
     before = measure(agent, unseen, passes=64)
     console.print(f"before: {before['exact_match']:.1%} of unseen sums right; pass@64 {before['pass_at_64']:.1%}")
     agent.learn(options.total_timesteps, progress_bar=True)

@@ -65,7 +65,7 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
-    "tiny": Size(40_000, PretrainingConfig(steps=60, batch_size=12), 6_000, 40, 4_000, 60, hidden_size=64),
+    "tiny": Size(20_000, PretrainingConfig(steps=30, batch_size=12), 2_000, 16, 1_500, 24, hidden_size=32),
     # Small batches: the model learns to copy from the prompt suddenly, after so many steps rather than so many tokens.
     "default": Size(
         1_700_000, PretrainingConfig(steps=2200, batch_size=12, block_length=64), 50_000, 500, 150_000, 600
@@ -300,17 +300,18 @@ class Recipe:
 
     def kl(self, name: str) -> float:
         """KL(policy || sft) per answer to unseen requests, nats."""
-        envs = self.envs(self.out / "sft", "test", None, prompts=[r.prompt for r in requests_of("test")[:256]])
+        ids = np.arange(min(256, self.size.judged_prompts))
+        envs = self.envs(self.out / "sft", "test", None, prompts=[r.prompt for r in requests_of("test")[: len(ids)]])
         policy = self.envs(self.out / name, "test", None, prompts=["a"]).unwrapped.reference
         policy.max_tokens = envs.unwrapped.max_tokens
         envs.unwrapped.attach_policy(policy, pay=False)
         agent = Sampler(envs.unwrapped, self.options.seed + 18, policy)
-        return float(run_prompts(agent, envs.unwrapped, np.arange(256)).kl.mean())
+        return float(run_prompts(agent, envs.unwrapped, ids).kl.mean())
 
     def held_out_rankings(self) -> dict[str, Any]:
         """Answers to validation prompts, ranked by people whom the reward model has not learned from."""
         rng = np.random.default_rng([self.options.seed, 4])
-        requests = requests_of("validation")
+        requests = requests_of("validation")[: self.size.ranked_prompts]
         envs = self.envs(self.out / "sft", "validation", None)
         answers = self.answer(self.out / "sft", envs, np.repeat(np.arange(len(requests)), 4), self.options.seed + 5)
         rows = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from dataclasses import asdict
@@ -377,3 +378,21 @@ def test_a_pickled_payload_is_not_run(make_envs, saved, tmp_path):
     with pytest.raises(CheckpointError, match="never unpickled"):
         PPO.load(saved, make_envs())
     assert not (tmp_path / "owned").exists()
+
+
+def test_resuming_into_the_same_log_directory_keeps_the_curve(make_envs, tmp_path):
+    def rows():
+        with (tmp_path / "progress.csv").open() as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+    agent = PPO(make_envs(), seed=0, log_dir=tmp_path, **SMALL)
+    agent.learn(N)
+    agent.save(tmp_path / "checkpoint")
+    agent.logger.close()
+    before = rows()
+    resumed = PPO.load(tmp_path / "checkpoint", make_envs(), log_dir=tmp_path)
+    resumed.learn(N)
+    resumed.logger.close()
+    after = rows()
+    assert len(after) > len(before)
+    assert after[: len(before)] == before

@@ -92,7 +92,7 @@ def test_the_reference_is_the_model_under_the_environments_temperature(temperatu
 
 
 def test_the_reference_is_not_uniform() -> None:
-    for seed in range(5):
+    for seed in range(3):
         env = tree(seed_of_task=seed, num_envs=1)
         log_probs = env.reference.log_probs_all(env.reset(seed=0)[0])
         assert log_probs.max() - log_probs.min() > 0.5
@@ -149,7 +149,7 @@ def test_two_tokens_two_steps_worked_by_hand() -> None:
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_the_optimum_by_leaves_by_tokens_and_as_a_policy_is_the_same(structure: str) -> None:
-    for seed, beta in [(0, 0.5), (1, 0.1), (2, 3.0)]:
+    for seed, beta in [(0, 0.1), (1, 3.0)]:
         env = tree(structure=structure, seed_of_task=seed, beta=beta)
         solution, leaves = env.solve(), env.leaves
         pairs = list(zip(leaves.rewards.tolist(), leaves.log_ref.tolist(), strict=True))

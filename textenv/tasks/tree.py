@@ -347,15 +347,15 @@ class KnownOptimum:
         log_p = self._log_probs_of(policy)
         reward, kl = expectation(log_p, leaves.rewards), kl_divergence(log_p, leaves.log_ref)
         objective = reward - self.kl.beta * kl
-        worst = expectation(leaves.log_ref, leaves.rewards)
-        room = solution.value - worst
+        floor = expectation(leaves.log_ref, leaves.rewards)
+        room = solution.value - floor
         return Evaluation(
             objective=objective,
             reward=reward,
             kl=kl,
             kl_to_optimum=kl_divergence(log_p, self._tree.sum_along(solution.policy.table)),
             regret=solution.value - objective,
-            score=(objective - worst) / room if room > 1e-12 else float("nan"),
+            score=(objective - floor) / room if room > 1e-12 else float("nan"),
         )
 
     def frontier(self, betas: Sequence[float] | FLOATS) -> Frontier:

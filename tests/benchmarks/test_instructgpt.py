@@ -1,0 +1,87 @@
+"""The recipe in miniature, at its smallest: every stage runs, nothing is done twice, the gold standard comes last."""
+
+import json
+
+import pytest
+
+from benchmarks import instructgpt
+from benchmarks.instructgpt import STAGES, DemoArguments, Recipe, run_demo
+from textenv.tasks.assistant import gold
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run, and the stages during which the gold standard was asked."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    options = DemoArguments(size="tiny", out=out)
+    judged_in, stage_now = set(), [None]
+    real = gold.judge
+
+    def watched(request, answer):
+        judged_in.add(stage_now[0])
+        return real(request, answer)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(gold, "judge", watched)
+    for stage in STAGES:
+        method = getattr(Recipe, f"make_{stage}")
+
+        def noted(self, *args, _method=method, _stage=stage, **kwargs):
+            stage_now[0] = stage_now[0] if stage_now[0] == "ppo_ptx" and _stage == "ppo" else _stage
+            return _method(self, *args, **kwargs)
+
+        patch.setattr(Recipe, f"make_{stage}", noted)
+    run_demo(options)
+    patch.undo()
+    return options, judged_in
+
+
+def test_the_gold_standard_is_asked_in_the_last_stage_only(run):
+    _, judged_in = run
+    assert judged_in == {"judged"}
+
+
+def test_report_and_summary_hold_the_same_figures(run):
+    options, _ = run
+    summary = json.loads((options.out / "summary.json").read_text())
+    report = (options.out / "report.html").read_text()
+    rows = summary["stages"]["judged"]["rows"]
+    for row in rows.values():
+        assert row["wins"] + row["ties"] + row["losses"] == summary["stages"]["judged"]["prompts"]
+        assert f"<td>{row['gold']:.3f}</td>" in report
+    assert "src='data:image/png" in report
+    assert "http" not in report.replace("http-equiv", "")  # nothing is fetched
+
+
+def test_a_finished_run_is_not_done_again(run, monkeypatch):
+    options, _ = run
+    for stage in STAGES:
+        monkeypatch.setattr(Recipe, f"make_{stage}", lambda self: pytest.fail("a finished stage was run again"))
+    assert set(Recipe(options).run()) == set(STAGES)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
+    options, _ = run
+    part = DemoArguments(size="tiny", out=tmp_path / "part")
+    Recipe(part)
+    stages = json.loads((options.out / "stages.json").read_text())
+    (part.out / "stages.json").write_text(json.dumps({"base": stages["base"]}))
+    begun = []
+    for stage in STAGES:
+        monkeypatch.setattr(Recipe, f"make_{stage}", lambda self, stage=stage: begun.append(stage) or {})
+    Recipe(part).run()
+    assert begun == list(STAGES[1:])
+
+
+def test_a_directory_of_another_seed_is_refused(run):
+    options, _ = run
+    with pytest.raises(ValueError, match="holds a run with"):
+        Recipe(DemoArguments(size="tiny", out=options.out, seed=options.seed + 1))
+
+
+def test_wins_and_losses_are_counted_per_request():
+    import numpy as np
+
+    counts = instructgpt.against(np.array([1.0, 0.5, 0.2, 0.9]), np.array([0.5, 0.5, 0.5, 0.1]))
+    assert (counts["wins"], counts["ties"], counts["losses"]) == (2, 1, 1)
+    assert counts["net_win_rate"] == pytest.approx(0.25)
