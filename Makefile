@@ -1,27 +1,37 @@
 # One command per job; CI runs the same ones. `make` alone lists them.
 PYTHON ?= python3
-TORCH ?= torch==2.13.0        # another build, for a GPU: make setup TORCH=...
 BIN := .venv/bin
 STAMP := .venv/.ready
+
+# Another build of torch, for a GPU: make setup TORCH='torch==2.13.0 --index-url ...'. Kept until another is named.
+KEPT := $(shell cat .venv/.torch 2>/dev/null)
+CHOSEN := $(or $(strip $(TORCH)),$(KEPT))
+WANTED := $(or $(CHOSEN),torch==2.13.0)
+ifneq ($(CHOSEN),$(KEPT))
+.PHONY: $(STAMP)
+FRESH := --force-reinstall    # pip keeps a torch of the same version, whatever its build
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format bench-smoke lock clean
 
 help:                ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)      ## make .venv with the locked versions (fast when nothing has changed)
 
 $(STAMP): requirements.lock pyproject.toml
 	@echo "== setting up .venv (once; a few minutes, most of it torch)"
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Expected Python 3.11 or newer, but $(PYTHON) is %d.%d. Name a newer one: make setup PYTHON=python3.12" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "== installing $(strip $(TORCH))"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@echo "== installing $(WANTED)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(FRESH) $(WANTED)
 	@echo "== installing the locked dependencies"
 	@grep -v '^torch==' requirements.lock > .venv/requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .venv/requirements.txt
 	@echo "== installing textenv itself"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@echo '$(CHOSEN)' > .venv/.torch
 	@touch $@
 	@echo "== ready: $(BIN)/textenv --help"
 
@@ -41,7 +51,7 @@ format: setup        ## format and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 
 bench-smoke: setup   ## a quick look at the rollout's speed
-	@$(BIN)/python -m benchmarks.speed --smoke
+	@$(BIN)/python -m benchmarks.speed
 
 lock: setup          ## write requirements.lock from .venv
 	@(sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu//') > requirements.new

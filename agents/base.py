@@ -192,12 +192,22 @@ class LanguageModelAgent:
 
     def attach_to_env(self) -> None:
         """Have the environment measure this policy's KL, and pay it if that is where the agent has it."""
+        if self.lanes.kl.kind == "reference" and self.kl_placement == "reward":
+            raise ValueError(
+                f"kl='reference' leaves -beta log pi(a|s) to the agent, and {type(self).__name__} does not add it: make the "
+                "environment with kl='policy' (the default)."
+            )
         self.lanes.attach_policy(self.policy, pay=self.kl_placement == "reward")
 
     def optimizer(self, *modules: torch.nn.Module) -> torch.optim.Adam:
         """Adam over the policy (and further modules), with InstructGPT's betas and the eps of Ziegler's code."""
         parameters = [*self.policy.parameters(), *(p for module in modules for p in module.parameters())]
         return torch.optim.Adam(parameters, lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-5)
+
+    @property
+    def timesteps_counted(self) -> int:
+        """What `learn` counts from: the target that finished calls have met, however far their last rollout went on."""
+        return min(self._target_timesteps, self.num_timesteps)
 
     @property
     def learning_rate(self) -> float:
@@ -363,10 +373,13 @@ class LanguageModelAgent:
     def _restore(self, state: dict[str, Any]) -> None:
         for name, optimizer in self.optimizers().items():
             optimizer.load_state_dict(state["optimizers"][name])
+        self._restore_progress(state)
+
+    def _restore_progress(self, state: dict[str, Any]) -> None:
         self.rng.bit_generator.state = state["rng"]
         self._predict_rng.bit_generator.state = state["predict_rng"]
         self.num_timesteps, self._target_timesteps = state["num_timesteps"], state["target_timesteps"]
-        self._seconds, self.accounts = state["seconds"], state["accounts"]
+        self._seconds, self.accounts = state["seconds"], dict(state["accounts"])
         env_state = _as_arrays(state["env"])
         if env_state["arrays"]["_tokens"].shape == (self.lanes.num_envs, self.lanes.max_tokens):
             self.lanes.set_state(env_state)
@@ -381,7 +394,7 @@ class Learning:
         self.agent = agent
         # A call that has run to its end is counted by its target, not by the end of its last rollout: then learn(N) twice
         # runs the same iterations as learn(2N). One that was stopped is counted by what it has done.
-        agent._target_timesteps = min(agent._target_timesteps, agent.num_timesteps) + total_timesteps
+        agent._target_timesteps = agent.timesteps_counted + total_timesteps
         self.callback = _as_callback(callback)
         self.callback.init_callback(agent)
         self.begin, self.total = agent.num_timesteps, agent._target_timesteps
@@ -401,6 +414,9 @@ class Learning:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> bool:
         self.progress.stop()
+        if kind is not None and self.agent._before_rollout is not None:
+            # Stopped within a rollout: back to where it began, so that going on repeats an undisturbed run.
+            self.agent._restore_progress(self.agent._before_rollout)
         self.agent._before_rollout = None
         self.agent.lanes.reference.invalidate()
         self.agent.policy.invalidate()
@@ -542,7 +558,7 @@ def _put_in_place(scratch: Path, path: Path) -> None:
         os.replace(path, old)
     try:
         os.replace(scratch, path)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         if old.exists():
             os.replace(old, path)
         raise

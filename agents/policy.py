@@ -80,7 +80,7 @@ class Policy:
         logits = self.lm.behaviour.logits(self.lm.next_logits(observations), observations)
         tokens = logits.argmax(dim=-1) if deterministic else draw(logits, rng.random(len(observations)))
         actions, chosen = tokens.cpu().numpy(), log_prob(logits, tokens).double().cpu().numpy()
-        self._sampled = (np.array(observations), actions, chosen)
+        self._sampled = (np.array(observations), actions.copy(), chosen.copy())
         return actions, chosen
 
     def log_probs(self, observations: NDArray[np.int64], actions: NDArray[np.int64]) -> NDArray[np.float64]:

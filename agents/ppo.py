@@ -73,6 +73,10 @@ class PPOConfig(AgentConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"Expected {name} > 0, got {value!r}.")
+        if not isinstance(self.critic, str):
+            raise ValueError(
+                f"Expected critic to be 'head', 'separate' or the directory of a reward model as a string, got {self.critic!r}."
+            )
         if not 0 <= self.gae_lambda <= 1:
             raise ValueError(f"Expected gae_lambda between 0 and 1, got {self.gae_lambda!r}.")
 
@@ -95,8 +99,6 @@ class PPO(LanguageModelAgent):
 
     def __init__(self, env: Any, *, ptx_data: np.ndarray | None = None, **kwargs: Any) -> None:
         super().__init__(env, **kwargs)
-        if (self.config.ptx_coef > 0) != (ptx_data is not None):
-            raise ValueError("ptx_coef and ptx_data belong together: pass both, or neither.")
         if ptx_data is not None:
             _check_tokens(ptx_data, self.lanes.vocab_size)
         self.ptx_data = ptx_data
@@ -105,6 +107,10 @@ class PPO(LanguageModelAgent):
 
     def learn(self, total_timesteps: int, callback: MaybeCallback = None, progress_bar: bool = False) -> Self:
         """Train until `total_timesteps` more tokens have been sampled (the last rollout is finished)."""
+        # Asked here and not at construction: a checkpoint can be loaded to write with, without its pretraining text.
+        if (self.config.ptx_coef > 0) != (self.ptx_data is not None):
+            got = f"ptx_coef={self.config.ptx_coef} and {'no ' if self.ptx_data is None else ''}ptx_data"
+            raise ValueError(f"ptx_coef and ptx_data belong together, got {got}: pass both to PPO(...), or neither.")
         with self.start_learning(total_timesteps, callback, progress_bar) as session:
             while session.more():
                 episodes = collect(self.env, self.policy, self.config.episodes_per_update, self.rng, session.on_step)

@@ -6,7 +6,7 @@ As in InstructGPT (Ouyang et al., 2022, appendix C.1): several epochs, a cosine 
 selection by a score on validation prompts. That score is minus the validation loss, or yours (a reward model's, say;
 the paper found that more epochs overfit the loss and still please people).
 
-Run: textenv train SFT textenv/Assistant-v0 --seed 0
+Run: textenv train SFT textenv/Prompts-v0 --model MODEL --prompts demonstrations.jsonl
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agents.base import AgentConfig, LanguageModelAgent, MaybeCallback
+from agents.base import AgentConfig, LanguageModelAgent, Learning, MaybeCallback
+from textenv.env import TextVectorEnv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,9 @@ class Demonstrations:
 class SFT(LanguageModelAgent):
     """Imitation of the environment's demonstrations. One timestep is one response token trained on.
 
+    A checkpoint holds the selected weights; going on from it begins a new cosine, so unlike with the other agents N steps
+    and N more are not 2N.
+
     Args:
         env: Its prompts have a `demonstration` column.
         validation_score: Judges the agent instead of the validation loss; larger is better.
@@ -68,37 +72,23 @@ class SFT(LanguageModelAgent):
         super().__init__(env, **kwargs)
         self.validation_score = validation_score
         self.adam = self.optimizer()
-        data = pack(self.lanes.demonstrations, self.lanes.max_tokens, self.lanes.vocab_size)
-        # Held out by position in a fixed permutation: the same for every seed, so that scores can be compared.
-        order = np.random.default_rng(0).permutation(len(data.tokens))
-        held_out = max(1, round(self.config.validation_fraction * len(order)))
-        if held_out >= len(order):
-            raise ValueError(f"Expected at least 2 demonstrations, to learn from and to select by, got {len(order)}.")
-        self.data, self.training, self.validation = data, np.sort(order[held_out:]), np.sort(order[:held_out])
 
     def learn(self, total_timesteps: int, callback: MaybeCallback = None, progress_bar: bool = False) -> Self:
-        """Train on `total_timesteps` response tokens, and take the weights of the best epoch."""
+        """Train on `total_timesteps` response tokens, and take the weights of the best epoch.
+
+        Raises:
+            ValueError: The environment has no demonstrations, or fewer than two.
+        """
+        self.data, self.training, self.validation = self.split()
         best, best_score = self.weights(), self.score()
         with self.start_learning(total_timesteps, callback, progress_bar) as session:
-            while session.more():  # one epoch
-                losses = []
-                for rows in self.minibatches():
-                    share = min(1.0, (self.num_timesteps - session.begin) / (session.total - session.begin))
-                    for group in self.adam.param_groups:
-                        group["lr"] = self.learning_rate * cosine(share, self.config.final_learning_rate)
-                    log_probs, _, _ = self.policy.evaluate(self.data, rows)
-                    loss = -log_probs.sum() / int(self.data.response_length[rows].sum())
-                    loss.backward()
-                    self.apply_gradients(self.adam)
-                    losses.append(loss.item())
-                    tokens = int(self.data.response_length[rows].sum())
-                    self.accounts["gradient_tokens"] += tokens
-                    session.on_step(tokens)
-                    if self.num_timesteps >= session.total:
-                        break
-                score = self.score()
-                if score > best_score:
-                    best, best_score = self.weights(), score
+            while session.more():
+                losses: list[float] = []
+                try:
+                    self.epoch(session, losses)
+                finally:  # an epoch that a callback has cut short is judged like any other
+                    if (score := self.score()) > best_score:
+                        best, best_score = self.weights(), score
                 self.logger.record("train/loss", float(np.mean(losses)))
                 self.logger.record("train/validation_loss", self.validation_loss())
                 self.logger.record("train/validation_score", score)
@@ -106,6 +96,33 @@ class SFT(LanguageModelAgent):
         self.policy.model.load_state_dict(best)
         self.policy.invalidate()
         return self
+
+    def epoch(self, session: Learning, losses: list[float]) -> None:
+        """One pass over the demonstrations, or what is left of the session."""
+        for rows in self.minibatches():
+            share = min(1.0, (self.num_timesteps - session.begin) / (session.total - session.begin))
+            for group in self.adam.param_groups:
+                group["lr"] = self.learning_rate * cosine(share, self.config.final_learning_rate)
+            tokens = int(self.data.response_length[rows].sum())
+            log_probs, _, _ = self.policy.evaluate(self.data, rows)
+            loss = -log_probs.sum() / tokens
+            loss.backward()
+            self.apply_gradients(self.adam)
+            losses.append(loss.item())
+            self.accounts["gradient_tokens"] += tokens
+            session.on_step(tokens)
+            if self.num_timesteps >= session.total:
+                return
+
+    def split(self) -> tuple[Demonstrations, NDArray[np.int64], NDArray[np.int64]]:
+        """The demonstrations, and which of them are for training and for validation."""
+        data = pack(self.lanes.demonstrations, self.lanes)
+        # Held out by position in a fixed permutation: the same for every seed, so that scores can be compared.
+        order = np.random.default_rng(0).permutation(len(data.tokens))
+        held_out = max(1, round(self.config.validation_fraction * len(order)))
+        if held_out >= len(order):
+            raise ValueError(f"Expected at least 2 demonstrations, to learn from and to select by, got {len(order)}.")
+        return data, np.sort(order[held_out:]), np.sort(order[:held_out])
 
     def minibatches(self) -> list[NDArray[np.int64]]:
         """One epoch, in a fresh order."""
@@ -136,17 +153,18 @@ def cosine(share: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def pack(pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]], width: int, padding: int) -> Demonstrations:
-    """Put (prompt, response) pairs into one array.
+def pack(pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]], lanes: TextVectorEnv) -> Demonstrations:
+    """Put (prompt, response) pairs into one array, as wide as the environment's observations.
 
     Raises:
-        ValueError: One does not fit into `width` tokens.
+        ValueError: A response is longer than the environment's budget.
     """
-    tokens = np.full((len(pairs), width), padding, np.int64)
+    budget = lanes.task.max_new_tokens
+    tokens = np.full((len(pairs), lanes.max_tokens), lanes.vocab_size, np.int64)
     for row, (prompt, response) in zip(tokens, pairs, strict=True):
-        if len(prompt) + len(response) > width:
+        if len(response) > budget:
             raise ValueError(
-                f"A demonstration of {len(response)} tokens behind a prompt of {len(prompt)} does not fit into {width}: raise "
+                f"A demonstration has {len(response)} tokens, more than max_new_tokens={budget}: no episode could repeat it. Raise "
                 "max_new_tokens, or drop long demonstrations."
             )
         row[: len(prompt)], row[len(prompt) : len(prompt) + len(response)] = prompt, response

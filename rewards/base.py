@@ -305,7 +305,7 @@ def check_is_reward(reward: object, name: str | None = None) -> None:
         remedy = "wrap it in a function"
     else:
         return
-    raise RewardError(f"{expected}; got {_shorten(repr(reward))} ({type(reward).__name__}). Remedy: {remedy}")
+    raise RewardError(f"{expected}; got {shorten(repr(reward))} ({type(reward).__name__}). Remedy: {remedy}")
 
 
 def _leaves(reward: RewardFunction) -> Iterator[tuple[str, RewardFunction, float]]:
@@ -351,11 +351,9 @@ def _read(name: str, function: RewardFunction, weight: float, available: list[st
 
 
 def _refuse_parameter(name: str, parameter: str, available: list[str]) -> NoReturn:
-    close = difflib.get_close_matches(parameter, available, n=1)
-    hint = f" Did you mean `{close[0]}`?" if close else ""
     raise RewardError(
         f"reward {name!r} requires the parameter `{parameter}`, which nothing provides; expected one of "
-        f"{', '.join(f'`{known}`' for known in available)}.{hint} "
+        f"{', '.join(f'`{known}`' for known in available)}.{did_you_mean(parameter, available)} "
         f"Remedy: rename the parameter, add a column `{parameter}` to the prompts, or give it a default"
     )
 
@@ -532,7 +530,7 @@ def _to_array(name: str, returned: Any, completions: Sequence[Completion]) -> np
     if not isinstance(values, (list, tuple)):
         remedy = "return [value]" if isinstance(values, numbers.Real) else "return a list"
         raise RewardError(
-            f"reward {name!r} returned {_shorten(repr(returned))} ({type(returned).__name__}) for a batch "
+            f"reward {name!r} returned {shorten(repr(returned))} ({type(returned).__name__}) for a batch "
             f"that starts with {_show(completions, 0)}; {expected}. Remedy: {remedy}"
         )
     if len(values) != count:
@@ -561,9 +559,9 @@ def _to_array(name: str, returned: Any, completions: Sequence[Completion]) -> np
 def _to_float(value: Any) -> tuple[str, str]:
     """Say what is wrong with one returned value, and what to do; two empty texts if nothing is."""
     if isinstance(value, (list, tuple)) or getattr(value, "shape", ()) != ():
-        return _shorten(repr(value)), "return one number per completion; flatten an array of shape (B, 1)"
+        return shorten(repr(value)), "return one number per completion; flatten an array of shape (B, 1)"
     if not isinstance(value, numbers.Real):
-        return f"{_shorten(repr(value))} ({type(value).__name__})", "convert it with float(...)"
+        return f"{shorten(repr(value))} ({type(value).__name__})", "convert it with float(...)"
     try:
         number = float(value)
     except OverflowError:
@@ -582,8 +580,18 @@ def _show(completions: Sequence[Completion], index: int) -> str:
     except (AttributeError, TypeError):
         text = str(completion)
     where = f" (number {index + 1} of {len(completions)})" if len(completions) > 1 else ""
-    return f"completion {_shorten(text)!r}{where}"
+    return f"completion {shorten(text)!r}{where}"
 
 
-def _shorten(text: str, limit: int = 100) -> str:
+def shorten(text: str, limit: int = 100) -> str:
+    """Text for an error message."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def did_you_mean(word: str, choices: Iterable[Any]) -> str:
+    """' Did you mean `x`?' where something close exists in any case, or something that contains the word; else nothing."""
+    word, names = word.casefold(), {str(choice).casefold(): str(choice) for choice in choices}
+    close = difflib.get_close_matches(word, names, n=1)
+    if not close and len(word) > 2:
+        close = sorted((name for name in names if word in name), key=len)
+    return f" Did you mean `{names[close[0]]}`?" if close else ""

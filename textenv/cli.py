@@ -12,7 +12,8 @@ import importlib.util
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ import tyro
 from textenv.prompts import did_you_mean
 
 RUN_FILE, CHECKPOINT = "run.json", "checkpoint"
+NOT_REMEMBERED = ("out", "resume")
 
 
 class UsageError(Exception):
@@ -94,46 +96,56 @@ class TrainArguments(EnvArguments):
 
 def train(arguments: Sequence[str]) -> None:
     """Train an agent in an environment: `textenv train PPO textenv/Arithmetic-v0`."""
-    names, flags = _positional(arguments, 2, "textenv train AGENT ENV [flags]")
+    names, flags = _positional(arguments, 2, "textenv train AGENT ENV [flags]", TrainArguments)
     agent_class = load_agent(names[0])
-    config_class: type[Any] = getattr(agent_class, "Config", None) or _no_config
-
+    config_class: type[Any] = getattr(agent_class, "Config", None) or NoConfig
     parts = [("train", TrainArguments), ("config", config_class)]
     command_class = dataclasses.make_dataclass(
         "Command",
         [(name, Annotated[part, tyro.conf.arg(name="")], field(default_factory=part)) for name, part in parts],
     )
-    command: Any = tyro.cli(
-        command_class, args=flags, prog=f"textenv train {names[0]} {names[1]}", description=_summary(agent_class)
-    )
+    program = f"textenv train {names[0]} {names[1]}"
+    with usage_errors():
+        command: Any = tyro.cli(command_class, args=flags, prog=program, description=_summary(agent_class))
     options, config = command.train, command.config
     out = options.out or Path("runs") / f"{agent_class.__name__}-{names[1].split('/')[-1]}-seed{options.seed}"
     checkpoint = out / CHECKPOINT
-    if (out / RUN_FILE).exists() and not options.resume:
-        raise UsageError(f"{out} holds a run already. Go on with it (--resume), or choose another --out.")
-    if options.resume and not checkpoint.exists():
-        raise UsageError(f"Nothing to resume: there is no checkpoint in {out}.")
-    envs = make_envs(names[1], options.num_envs, remembered(out, options).keywords())
-    _set_threads(options.threads)
     if options.resume:
-        agent = agent_class.load(checkpoint, envs, log_dir=out, verbose=int(options.verbose))
-    else:
-        agent = agent_class(envs, seed=options.seed, log_dir=out, verbose=int(options.verbose), config=config)
-        out.mkdir(parents=True, exist_ok=True)
-        env_keywords = {f.name: getattr(options, f.name) for f in dataclasses.fields(EnvArguments)}
-        about = {"agent": names[0], "env": names[1], "num_envs": options.num_envs, "seed": options.seed} | env_keywords
-        (out / RUN_FILE).write_text(json.dumps(about, indent=1))
-    left = options.total_timesteps - agent.num_timesteps
+        if not checkpoint.exists():
+            raise UsageError(f"Nothing to resume: there is no checkpoint in {out}.")
+        if config != config_class():
+            raise UsageError("The agent's settings come from the checkpoint: leave its flags away with --resume.")
+        options = remembered(out, options)
+    elif (out / RUN_FILE).exists():
+        raise UsageError(f"{out} holds a run already. Go on with it (--resume), or choose another --out.")
+    envs = make_envs(names[1], options.num_envs, options.keywords())
+    _set_threads(options.threads)
+    with usage_errors():
+        if options.resume:
+            agent = agent_class.load(checkpoint, envs, log_dir=out, verbose=int(options.verbose))
+        else:
+            agent = agent_class(envs, seed=options.seed, log_dir=out, verbose=int(options.verbose), config=config)
+            out.mkdir(parents=True, exist_ok=True)
+            given = {
+                f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in NOT_REMEMBERED
+            }
+            (out / RUN_FILE).write_text(json.dumps({"agent": names[0], "env": names[1]} | given, indent=1))
+    left = options.total_timesteps - agent.timesteps_counted
     if left <= 0:
-        print(f"{out} has its {agent.num_timesteps:,} tokens already.")
+        print(f"{out} has its {agent.timesteps_counted:,} tokens already; ask for more with --total-timesteps.")
         return
+    go_on = f"Go on with: {program} --out {out} --resume"
     with Interruption() as interruption:
         saver = interruption.callback(lambda: agent.save(checkpoint), options.checkpoint_every)
-        agent.learn(left, callback=saver, progress_bar=True)
-    agent.save(checkpoint)
+        try:
+            with usage_errors():
+                agent.learn(left, callback=saver, progress_bar=True)
+            agent.save(checkpoint)
+        except KeyboardInterrupt:
+            where = f"the last checkpoint is {checkpoint}. {go_on}" if checkpoint.exists() else "nothing was saved."
+            sys.exit(f"textenv: stopped at once; {where}")
     if interruption.asked:
-        print(f"Interrupted after {agent.num_timesteps:,} tokens; the last finished update is in {checkpoint}.")
-        print(f"Go on with: textenv train {names[0]} {names[1]} --out {out} --resume")
+        print(f"Interrupted; the last finished update is in {checkpoint}.\n{go_on}")
     else:
         last = {name: value for name, value in agent.history[-1].items() if name.startswith("rollout/")}
         print("  ".join(f"{name.removeprefix('rollout/')} {value:.3g}" for name, value in last.items()))
@@ -162,9 +174,10 @@ def evaluate(arguments: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from agents.base import LanguageModelAgent
     from agents.rollout import run_prompts
 
-    names, flags = _positional(arguments, 1, "textenv eval DIR [flags]")
+    names, flags = _positional(arguments, 1, "textenv eval DIR [flags]", EvalArguments)
     options = tyro.cli(EvalArguments, args=flags, prog="textenv eval DIR", description=evaluate.__doc__)
     agent, envs = load_run(Path(names[0]), options, num_envs=min(64, options.episodes))
     lanes = envs.unwrapped
@@ -173,7 +186,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         "", "task reward", "KL (nats)", "response tokens", "finished", title=f"{names[0]}: {len(ids)} prompts"
     )
     rewards, texts = {}, {}
-    for name, actor in {"reference": type(agent)(envs, seed=0), "agent": agent}.items():
+    for name, actor in {"reference": LanguageModelAgent(envs, seed=0), "agent": agent}.items():
         lanes.attach_policy(actor.policy, pay=False)
         actor.set_random_seed(options.seed)
         episodes = run_prompts(actor, lanes, ids, options.deterministic)
@@ -210,7 +223,7 @@ class GenerateArguments(EnvArguments):
 
 def generate(arguments: Sequence[str]) -> None:
     """Complete prompts with a trained agent: `textenv generate runs/NAME --text "27+58="`."""
-    names, flags = _positional(arguments, 1, "textenv generate DIR [flags]")
+    names, flags = _positional(arguments, 1, "textenv generate DIR [flags]", GenerateArguments)
     options = tyro.cli(GenerateArguments, args=flags, prog="textenv generate DIR", description=generate.__doc__)
     agent, _ = load_run(Path(names[0]), options, num_envs=1)
     agent.set_random_seed(options.seed)
@@ -237,7 +250,7 @@ def agents(arguments: Sequence[str]) -> None:
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """PPO teaches a small model to add: about a minute, with a picture at the end."""
+    """PPO makes a small model choose the sums it already knows: two minutes, with a picture at the end."""
     from benchmarks.arithmetic import DemoArguments, run_demo
 
     run_demo(tyro.cli(DemoArguments, args=list(arguments), prog="textenv demo", description=demo.__doc__))
@@ -304,6 +317,8 @@ def load_object(spec: str, what: str) -> Any:
             assert module_spec is not None
             assert module_spec.loader is not None
             module = importlib.util.module_from_spec(module_spec)
+            sys.modules[module_spec.name] = module  # dataclasses and pickle look it up there
+            sys.path.insert(0, str(Path(where).resolve().parent))  # its neighbours can be imported
             module_spec.loader.exec_module(module)
         else:
             sys.path.insert(0, "")
@@ -321,12 +336,7 @@ def textenv_ids() -> dict[str, Any]:
 
     import textenv  # noqa: F401  # registers them
 
-    return {name: spec for name, spec in gymnasium_registry(gym).items() if name.startswith("textenv/")}
-
-
-def gymnasium_registry(gym: Any) -> dict[str, Any]:
-    """Gymnasium's registry."""
-    return gym.registry
+    return {name: spec for name, spec in gym.registry.items() if name.startswith("textenv/")}
 
 
 def make_envs(env_id: str, num_envs: int, keywords: dict[str, Any]) -> Any:
@@ -338,35 +348,56 @@ def make_envs(env_id: str, num_envs: int, keywords: dict[str, Any]) -> Any:
         raise UsageError(
             f"Unknown environment {env_id!r}; there are {', '.join(sorted(known))}.{did_you_mean(env_id, known)}"
         )
-    try:
+    with usage_errors():
         return gym.make_vec(env_id, num_envs=num_envs, **keywords)
-    except (ValueError, gym.error.Error) as error:
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """What the user can mend is shown without a traceback."""
+    import gymnasium as gym
+
+    try:
+        yield
+    except (ValueError, OSError, gym.error.Error) as error:
         raise UsageError(str(error)) from error
 
 
-def load_run(path: Path, options: EnvArguments, num_envs: int) -> tuple[Any, Any]:
+def load_run(path: Path, options: Any, num_envs: int) -> tuple[Any, Any]:
     """The agent of a run directory (or of a bare checkpoint) and an environment for it."""
-    from agents.base import CheckpointError, read_about
+    from agents.base import read_about
 
-    run = json.loads((path / RUN_FILE).read_text()) if (path / RUN_FILE).is_file() else {}
+    if path.name == CHECKPOINT and (path.parent / RUN_FILE).is_file():
+        path = path.parent
+    run = read_run(path)
     checkpoint = path / CHECKPOINT if run else path
-    try:
+    with usage_errors():
         about = read_about(checkpoint)
         env_id = getattr(options, "env", None) or run.get("env") or about.get("env")
         if env_id is None:
             raise UsageError(f"{checkpoint} does not say which environment it is of: pass --env.")
         envs = make_envs(env_id, num_envs, remembered(path, options).keywords())
         return load_agent(run.get("agent") or about["agent"]).load(checkpoint, envs), envs
-    except CheckpointError as error:
-        raise UsageError(str(error)) from error
 
 
-def remembered(path: Path, options: EnvArguments) -> EnvArguments:
-    """The environment's arguments: those given, and for the rest those of the run in `path`, if there is one."""
-    run = json.loads((path / RUN_FILE).read_text()) if (path / RUN_FILE).is_file() else {}
-    names = [f.name for f in dataclasses.fields(EnvArguments)]
-    given = {name: getattr(options, name) for name in names if getattr(options, name) not in (None, [])}
-    return EnvArguments(**({name: run[name] for name in names if name in run} | given))
+def read_run(path: Path) -> dict[str, Any]:
+    """What a run directory remembers of its command line; nothing where it is none."""
+    file = path / RUN_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise UsageError(f"{file} is damaged ({error}): remove it to use {path / CHECKPOINT} by itself.") from error
+
+
+def remembered(path: Path, options: Any) -> Any:
+    """The arguments, with what was not given (what stands at its default) taken from the run in `path`."""
+    run, blank = read_run(path), type(options)()
+    kind = TrainArguments if isinstance(options, TrainArguments) else EnvArguments
+    names = [f.name for f in dataclasses.fields(kind) if f.name not in NOT_REMEMBERED]
+    fill = {name: run[name] for name in names if name in run and getattr(options, name) == getattr(blank, name)}
+    return dataclasses.replace(options, **fill)
 
 
 class Interruption:
@@ -419,18 +450,19 @@ def interval(values: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _no_config:  # stands in for an agent's config class
-    """No settings."""
+class NoConfig:
+    """No settings: stands in for the config of an agent that has none."""
 
 
-def _positional(arguments: Sequence[str], count: int, usage: str) -> tuple[list[str], list[str]]:
+def _positional(arguments: Sequence[str], count: int, usage: str, flags: Any) -> tuple[list[str], list[str]]:
     """The leading positional arguments, and the flags behind them."""
     arguments = list(arguments)
     names = arguments[:count]
     if len(names) < count or any(name.startswith("-") for name in names):
         if any(flag in arguments for flag in ("-h", "--help")):
-            print(f"usage: {usage}\n\nWith the names in place, --help lists every flag.")
-            sys.exit(0)
+            if "AGENT" in usage:
+                print("Each agent has settings of its own besides: textenv train AGENT ENV --help\n")
+            tyro.cli(flags, args=["--help"], prog=usage.removesuffix(" [flags]"))
         raise UsageError(f"Expected {usage}")
     return names, arguments[count:]
 

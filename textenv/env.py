@@ -22,7 +22,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from rewards import Batch, BoundReward, Scores, bind
-from textenv.kl import Controller, KLPenalty, PolicyLike
+from textenv.kl import AdaptiveKL, Controller, KLPenalty, PolicyLike
 from textenv.ledger import Episodes, Ledger
 from textenv.lm import LanguageModel
 from textenv.prompts import PromptStream
@@ -578,8 +578,9 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
                 self._rngs[lane] = None
             else:
                 self._rng(lane).bit_generator.state = saved
-        for name, value in state["controller"].items():
-            setattr(self.kl.controller, name, _copied(value))
+        if isinstance(self.kl.controller, AdaptiveKL):  # a fixed beta is a setting of this environment, not a state
+            for name, value in state["controller"].items():
+                setattr(self.kl.controller, name, _copied(value))
         self._steps = state["steps"]
 
     def render(self) -> tuple[str, ...] | None:

@@ -124,10 +124,12 @@ class KLPenalty:
         ref_log_prob: NDArray[np.float64] | None,
     ) -> NDArray[np.float64] | float:
         """The reward added to transitions. Shapes: (M,), (M,), (M,) -> (M,); 0.0 where nothing is paid."""
+        if self.policy is not None and not self.pay:
+            return 0.0
         if self.kind == "reference":
             assert ref_log_prob is not None
             return beta * ref_log_prob
-        if log_ratio is None or not self.pay:
+        if log_ratio is None:
             return 0.0
         return -beta * log_ratio
 

@@ -71,12 +71,7 @@ class LanguageModel:
         self._slots: OrderedDict[tuple[int, int], _Slots] = OrderedDict()
         self._weights = _WeightWatch(model)
         self._calls = 0
-        if cached is None:
-            verdicts = _PROBED.setdefault(model, {})
-            if max_tokens not in verdicts:
-                verdicts[max_tokens] = self._probe()
-            cached = verdicts[max_tokens]
-        self.cached = cached
+        self.cached = self._probed(max_tokens) if cached is None else cached
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +100,7 @@ class LanguageModel:
     def next_logits(self, observations: NDArray[np.int64]) -> torch.Tensor:
         """The model's raw logits for the token that comes next. Shape: (N, L) -> (N, V), float32."""
         observations = np.asarray(observations)
-        if not self.cached:
+        if not self._cache_serves(observations.shape[1]):
             return self._encode(observations)
         self.refresh()
         slots = self._slots_for(*observations.shape)
@@ -207,6 +202,16 @@ class LanguageModel:
 
     # ------------------------------------------------------------------ the cache's guards
 
+    def _cache_serves(self, width: int) -> bool:
+        """Whether the cache is right for observations of this width; wider ones than `max_tokens` are probed anew."""
+        return self.cached and (width <= self.max_tokens or self._probed(width))
+
+    def _probed(self, length: int) -> bool:
+        verdicts = _PROBED.setdefault(self.model, {})
+        if length not in verdicts:
+            verdicts[length] = self._probe(length)
+        return verdicts[length]
+
     def _slots_for(self, lanes: int, width: int) -> _Slots:
         """The cache of this batch size; a batch of another size is another set of lanes. The two last used are kept."""
         key = (lanes, width)
@@ -232,15 +237,13 @@ class LanguageModel:
         return relative * max(1.0, logits.abs().max().item())
 
     @torch.no_grad()
-    def _probe(self) -> bool:
+    def _probe(self, length: int) -> bool:
         """Compare ragged prefill, decoding and a restart with the model's own forward pass.
 
         Sliding windows, ALiBi computed from a 2-D mask, recurrent layers and models that ignore `position_ids` all show
         here, whatever their names; they are then re-encoded at each step, which is slower and right.
         """
-        length = self.max_tokens
         tokens = np.random.default_rng(0).integers(self.vocab_size, size=(3, length))
-        tokens[2, -1] = (tokens[0, -1] + 1) % self.vocab_size
 
         def observe(*lengths: int) -> NDArray[np.int64]:
             rows = np.full((3, length), self.vocab_size)

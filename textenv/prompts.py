@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rewards.base import did_you_mean as did_you_mean  # other modules take it from here
+from rewards.base import shorten
 
 Message: TypeAlias = dict[str, Any]
 PromptSource: TypeAlias = Any
@@ -55,7 +58,7 @@ def load_splits(source: PromptSource) -> dict[str | None, list[dict[str, Any]]]:
         ValueError: The source is missing, empty, or not of a known kind.
     """
     if isinstance(source, str | Path):
-        return _load_path(Path(source))
+        return _load_path(Path(os.path.expanduser(source)))
     if isinstance(source, Mapping):
         if not source:
             raise ValueError("Expected at least one split in the mapping of prompts, got none.")
@@ -113,13 +116,13 @@ def tokenize(
     for i, row in enumerate(ids):
         if len(row) == 0:
             raise ValueError(
-                f"Expected prompt {i} of {where} to have at least one token, got none from {shorten(prompts[i])}."
+                f"Expected prompt {i} of {where} to have at least one token, got none from {shorten(repr(prompts[i]))}."
             )
         if max_prompt_tokens is not None and len(row) > max_prompt_tokens:
             too_long = sum(len(r) > max_prompt_tokens for r in ids)
             raise ValueError(
                 f"Prompt {i} of {where} has {len(row)} tokens, more than max_prompt_tokens={max_prompt_tokens} ({too_long} prompts are too long): "
-                f"{shorten(prompts[i])}. Drop or shorten them, or raise max_prompt_tokens."
+                f"{shorten(repr(prompts[i]))}. Drop or shorten them, or raise max_prompt_tokens."
             )
         if row.max() >= vocab_size:
             raise ValueError(
@@ -152,10 +155,10 @@ def encode_prompt(tokenizer: Any, prompt: object, where: str = "the prompt") -> 
         ]
     else:
         raise ValueError(
-            f"Expected {where} to be text or a non-empty list of {{'role', 'content'}} messages, got {shorten(prompt)}."
+            f"Expected {where} to be text or a non-empty list of {{'role', 'content'}} messages, got {shorten(repr(prompt))}."
         )
     if len(ids) == 0:
-        raise ValueError(f"Expected {where} to have at least one token, got none from {shorten(prompt)}.")
+        raise ValueError(f"Expected {where} to have at least one token, got none from {shorten(repr(prompt))}.")
     return np.asarray(ids, dtype=np.int64)
 
 
@@ -169,7 +172,7 @@ def encode_response(tokenizer: Any, response: object, end_token: int | None, whe
     ):
         response = response[-1].get("content")
     if not isinstance(response, str):
-        raise ValueError(f"Expected {where} to be text or messages, got {shorten(response)}.")
+        raise ValueError(f"Expected {where} to be text or messages, got {shorten(repr(response))}.")
     ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
     return np.asarray(ids if end_token is None else [*ids, end_token], dtype=np.int64)
 
@@ -209,18 +212,6 @@ class PromptStream:
         return prompt_id, index
 
 
-def did_you_mean(word: str, choices: Mapping[Any, Any] | Sequence[Any]) -> str:
-    """' Did you mean `x`?' where something close exists, else nothing."""
-    close = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1)
-    return f" Did you mean `{close[0]}`?" if close else ""
-
-
-def shorten(value: object, width: int = 80) -> str:
-    """A value for an error message."""
-    text = repr(value)
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
 def _load_path(path: Path) -> dict[str | None, list[dict[str, Any]]]:
     if path.is_dir():
         files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES}
@@ -229,16 +220,23 @@ def _load_path(path: Path) -> dict[str | None, list[dict[str, Any]]]:
         return {name: _read(file) for name, file in files.items()}
     if path.is_file():
         return {None: _read(path)}
+    hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
     if path.suffix in SUFFIXES:
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ValueError(f"No such file: {path} (looked in {path.parent.resolve()}).{did_you_mean(path.name, beside)}")
+        raise ValueError(f"No such file: {path} (looked in {path.parent.resolve()}).{hint}")
     try:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(
-            f"{str(path)!r} is neither a file nor a directory. To load it as a Hugging Face data set, install textenv[hub]."
+            f"{str(path)!r} is neither a file nor a directory. To load it as a Hugging Face data set, install textenv[hub].{hint}"
         ) from None
-    return {str(name): _rows(rows, f"{path}[{name}]") for name, rows in load_dataset(str(path)).items()}
+    try:
+        splits = load_dataset(str(path))
+    except Exception as error:  # of whatever library has failed: the hub's, the network's, the file format's
+        raise ValueError(
+            f"{str(path)!r} is neither a file nor a directory, and no data set of that name could be loaded "
+            f"({type(error).__name__}: {error}).{hint}"
+        ) from error
+    return {str(name): _rows(rows, f"{path}[{name}]") for name, rows in splits.items()}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -267,7 +265,7 @@ def _parse(text: str, where: str) -> Any:
 
 def _rows(source: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(source, str) or not hasattr(source, "__iter__"):
-        raise ValueError(f"Expected {where} to be a list of prompts or of rows, got {shorten(source)}.")
+        raise ValueError(f"Expected {where} to be a list of prompts or of rows, got {shorten(repr(source))}.")
     rows = [dict(row) if isinstance(row, Mapping) else {"prompt": row} for row in source]
     if not rows:
         raise ValueError(f"Expected at least one prompt in {where}, got none.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ def build_task(
 def load_model(model: Any, tokenizer: Any = None, device: str | None = None) -> tuple[PreTrainedModel, Any]:
     """A model and its tokenizer, from a hub name, a directory, or loaded objects.
 
-    Weights are read in float32: updates of a language model are too small for half precision.
+    Weights are read in float32: updates of a language model are too small for half precision. The model becomes the
+    reference: also one that you pass loaded is put into eval mode and frozen, in place. Agents train a copy of it.
 
     Args:
         model: A name, a directory or a loaded causal LM (which is not moved).
@@ -119,7 +121,7 @@ def load_model(model: Any, tokenizer: Any = None, device: str | None = None) -> 
     if model is None:
         raise ValueError("Expected model= to be a hub name, a directory or a loaded causal language model, got None.")
     if isinstance(model, str | Path):
-        source = str(model)
+        source = os.path.expanduser(model)
         tokenizer = source if tokenizer is None else tokenizer
         try:
             with quiet_loading():
@@ -143,7 +145,7 @@ def load_model(model: Any, tokenizer: Any = None, device: str | None = None) -> 
         )
     if isinstance(tokenizer, str | Path):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
+            tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(tokenizer))
         except Exception as error:
             raise ValueError(
                 f"Could not load a tokenizer from {str(tokenizer)!r} ({type(error).__name__}: {error})."

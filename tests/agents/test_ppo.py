@@ -333,7 +333,7 @@ def test_ptx_lowers_the_loss_on_pretraining_text(make_envs):
 @pytest.mark.parametrize("kwargs", [{"ptx_coef": 1.0}, {"ptx_data": np.ones((2, 3), np.int64)}])
 def test_ptx_needs_both_halves(make_envs, kwargs):
     with pytest.raises(ValueError, match="belong together"):
-        PPO(make_envs(), **kwargs)
+        PPO(make_envs(), **kwargs).learn(10)
 
 
 @pytest.mark.parametrize("rows", [np.ones(3, np.int64), np.ones((2, 3)), np.full((2, 3), 10), np.full((2, 3), -100)])

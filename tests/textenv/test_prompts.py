@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from textenv.prompts import PromptStream, load_splits, tokenize
+from textenv.prompts import PromptStream, did_you_mean, load_splits, tokenize
 
 from ..tiny import EOS, VOCAB
 
@@ -99,6 +101,40 @@ def test_a_missing_file_is_named_with_the_one_that_may_be_meant(tmp_path: Path) 
     write_jsonl(tmp_path / "prompts.jsonl")
     with pytest.raises(ValueError, match=r"No such file: .*promts.jsonl.*Did you mean `prompts.jsonl`\?"):
         load_splits(tmp_path / "promts.jsonl")
+
+
+def test_a_mistyped_directory_is_no_exception_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str) -> None:
+        raise ConnectionError("no such data set")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    (tmp_path / "prompts").mkdir()
+    message = r"neither a file nor a directory, and no data set .*ConnectionError.*Did you mean `prompts`\?"
+    with pytest.raises(ValueError, match=message):
+        load_splits(tmp_path / "promts")
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "prompts.jsonl")
+    assert load_splits("~/prompts.jsonl") == {None: ROWS}
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("ppo", "PPO"),
+        ("sft", "SFT"),
+        ("random", "RandomAgent"),
+        ("arithmetic", "textenv/Arithmetic-v0"),
+        ("tree", "textenv/Tree-v0"),  # too short to be close, but part of it
+        ("xylophone", None),
+        ("v0", None),  # part of too much
+    ],
+)
+def test_what_is_meant_is_found_in_any_case_and_by_a_part(word: str, hint: str | None) -> None:
+    choices = ["PPO", "GRPO", "SFT", "RandomAgent", "textenv/Arithmetic-v0", "textenv/Tree-v0"]
+    assert did_you_mean(word, choices) == (f" Did you mean `{hint}`?" if hint else "")
 
 
 def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path: Path) -> None:

@@ -410,7 +410,7 @@ def test_the_optimum_needs_the_needle(seed: int) -> None:
     env = tree(structure="needle", seed_of_task=seed)
     leaves = env.leaves
     (needle,) = np.flatnonzero(leaves.rewards)
-    assert 1 / 1500 < np.exp(leaves.log_ref[needle]) < 1 / 800
+    assert 1 / 220 < np.exp(leaves.log_ref[needle]) < 1 / 160
     assert np.exp(tilt(leaves.log_ref, leaves.rewards, 0.5)[0])[needle] == pytest.approx(0.95, abs=1e-9)
 
 

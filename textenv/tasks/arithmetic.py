@@ -19,6 +19,8 @@ from textenv.prompts import PromptSource
 from textenv.task import Task, build_task, entry_points
 
 CHARACTERS = "0123456789+="
+LARGEST = 99
+"""The largest operand."""
 ASSET = Path(__file__).parent.parent / "assets" / "arithmetic"
 
 CAREFUL = 0.15
@@ -26,13 +28,19 @@ CAREFUL = 0.15
 SLIPS = (-10, -1, 1, 10)
 
 
-def sums(split: str, max_operand: int = 99) -> NDArray[np.int64]:
-    """The ordered pairs of a split, four fifths of the unordered ones to `train`. Shape: (n, 2)."""
-    low, high = np.triu_indices(max_operand + 1)
+def sums(split: str, max_operand: int = LARGEST) -> NDArray[np.int64]:
+    """The ordered pairs of a split, four fifths of the unordered ones to `train`. Shape: (n, 2).
+
+    A pair belongs to the same split whatever `max_operand` is: smaller tasks are parts of the largest.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"Expected split 'train' or 'test', got {split!r}.")
+    low, high = np.triu_indices(LARGEST + 1)
     order = np.random.default_rng(0).permutation(len(low))
     cut = len(order) // 5
     chosen = np.sort(order[:cut] if split == "test" else order[cut:])
     pairs = np.stack([low[chosen], high[chosen]], axis=1)
+    pairs = pairs[pairs[:, 1] <= max_operand]
     mirrored = pairs[pairs[:, 0] != pairs[:, 1]][:, ::-1]
     return np.concatenate([pairs, mirrored])
 
@@ -64,12 +72,12 @@ def arithmetic_task(
         reward: 1 for the right sum, 0 otherwise (`rewards.exact_match`).
         split: `"train"` (default) or `"test"`.
         max_new_tokens: Three digits and the stop token.
-        max_operand: At most 99.
+        max_operand: 9 to 99.
         tokenizer: For a loaded model.
         device: Where a model given by name is loaded to.
     """
-    if not 1 <= max_operand <= 99:
-        raise ValueError(f"Expected max_operand between 1 and 99, got {max_operand}.")
+    if not 9 <= max_operand <= LARGEST:
+        raise ValueError(f"Expected max_operand between 9 and {LARGEST}, got {max_operand}.")
     if prompts is None:
         prompts = {
             name: [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums(name, max_operand).tolist()]
