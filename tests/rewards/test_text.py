@@ -44,7 +44,11 @@ def test_distinct():
         Distinct(n=0)
 
 
-@pytest.mark.parametrize("reward", [exact_match, contains, Matches("a.*"), LengthPenalty(2), Distinct(1)], ids=str)
+@pytest.mark.parametrize(
+    "reward",
+    [exact_match, contains, Matches("a.*"), LengthPenalty(2), Distinct(1)],
+    ids=lambda r: getattr(r, "__name__", repr(r)),
+)
 def test_they_pass_the_checker_and_pickle(reward):
     examples = [
         {"prompt": "p", "completion": text, "completion_ids": list(range(len(text))), "answer": "a"}

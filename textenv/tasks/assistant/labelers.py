@@ -37,7 +37,7 @@ class Labeler:
     harmless: float = 0.15
     concise: float = 0.1
     length_taste: float = 0.08
-    noise: float = 0.17
+    noise: float = 0.23
 
     def worth(self, request: Request, answer: str) -> float:
         """What the answer is worth to this person on an even day."""
