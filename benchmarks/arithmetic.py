@@ -23,10 +23,12 @@ class DemoArguments:
 
     seed: int = 0
     """Of training and sampling."""
-    total_timesteps: int = 100_000
+    total_timesteps: int = 70_000
     """Tokens to sample in training."""
     out: Path = RUN
     """Where pictures and figures go."""
+    threads: int = 1
+    """CPU threads of torch: at this size a second one may cost more than it brings."""
 
 
 def run_demo(options: DemoArguments) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def run_demo(options: DemoArguments) -> dict[str, Any]:
     import textenv  # noqa: F401  # registers the ids
     from agents import PPO
 
-    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+    torch.set_num_threads(options.threads)
     console = Console()
     envs = gym.make_vec("textenv/Arithmetic-v0", num_envs=128, beta=0.02)
     unseen = gym.make_vec("textenv/Arithmetic-v0", num_envs=128, split="test", beta=0.02)
