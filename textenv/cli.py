@@ -132,6 +132,7 @@ def train(arguments: Sequence[str]) -> None:
             (out / RUN_FILE).write_text(json.dumps({"agent": names[0], "env": names[1]} | given, indent=1))
     left = options.total_timesteps - agent.timesteps_counted
     if left <= 0:
+        agent.logger.close()
         print(f"{out} has its {agent.timesteps_counted:,} tokens already; ask for more with --total-timesteps.")
         return
     go_on = f"Go on with: {program} --out {out} --resume"
@@ -144,6 +145,8 @@ def train(arguments: Sequence[str]) -> None:
         except KeyboardInterrupt:
             where = f"the last checkpoint is {checkpoint}. {go_on}" if checkpoint.exists() else "nothing was saved."
             sys.exit(f"textenv: stopped at once; {where}")
+        finally:
+            agent.logger.close()
     if interruption.asked:
         print(f"Interrupted; the last finished update is in {checkpoint}.\n{go_on}")
     else:
