@@ -110,13 +110,16 @@ def train(arguments: Sequence[str]) -> None:
     options, config = command.train, command.config
     out = options.out or Path("runs") / f"{agent_class.__name__}-{names[1].split('/')[-1]}-seed{options.seed}"
     checkpoint = out / CHECKPOINT
+    if options.total_timesteps < 1:
+        raise UsageError(f"Expected --total-timesteps >= 1, got {options.total_timesteps}.")
     if options.resume:
         if not checkpoint.exists():
-            raise UsageError(f"Nothing to resume: there is no checkpoint in {out}.")
+            raise UsageError(f"Nothing to resume: there is no checkpoint in {out}. Start it without --resume.")
+        refuse_changes(out, names[1], options)
         if config != config_class():
             raise UsageError("The agent's settings come from the checkpoint: leave its flags away with --resume.")
         options = remembered(out, options)
-    elif (out / RUN_FILE).exists():
+    elif checkpoint.exists():  # what died before its first checkpoint is begun anew
         raise UsageError(f"{out} holds a run already. Go on with it (--resume), or choose another --out.")
     envs = make_envs(names[1], options.num_envs, options.keywords())
     _set_threads(options.threads)
@@ -162,7 +165,7 @@ class EvalArguments(EnvArguments):
     env: str | None = None
     """Environment id (default: the run's)."""
     episodes: int = 256
-    """Prompts to answer: the first of the split, in order."""
+    """Prompts to answer: the first of the split in a fixed random order."""
     seed: int = 0
     """Of sampling."""
     deterministic: bool = False
@@ -184,7 +187,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     options = tyro.cli(EvalArguments, args=flags, prog="textenv eval DIR", description=evaluate.__doc__)
     agent, envs = load_run(Path(names[0]), options, num_envs=min(64, options.episodes))
     lanes = envs.unwrapped
-    ids = np.arange(min(options.episodes, len(lanes.task.prompts)))
+    ids = np.random.default_rng(0).permutation(len(lanes.task.prompts))[: options.episodes]
     table = Table(
         "", "task reward", "KL (nats)", "response tokens", "finished", title=f"{names[0]}: {len(ids)} prompts"
     )
@@ -204,8 +207,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     console = Console()
     console.print(table)
     console.print(f"paired difference of the task reward: {interval(rewards['agent'] - rewards['reference'])}")
-    for i in ids[: options.samples]:
-        prompt = lanes.task.prompts.prompts[i]
+    for i, prompt_id in enumerate(ids[: options.samples]):
+        prompt = lanes.task.prompts.prompts[prompt_id]
         console.print(
             f"\n[dim]{prompt}[/dim]\n  reference: {texts['reference'][i]}\n  agent:     {texts['agent'][i]}",
             highlight=False,
@@ -231,7 +234,9 @@ def generate(arguments: Sequence[str]) -> None:
     agent, _ = load_run(Path(names[0]), options, num_envs=1)
     agent.set_random_seed(options.seed)
     prompts = options.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    for prompt, completion in zip(prompts, agent.generate(prompts, options.deterministic), strict=True):
+    with usage_errors():
+        completions = agent.generate(prompts, options.deterministic)
+    for prompt, completion in zip(prompts, completions, strict=True):
         print(f"{prompt}{completion}")
 
 
@@ -362,7 +367,7 @@ def usage_errors() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, OSError, gym.error.Error) as error:
+    except (ValueError, OSError, FloatingPointError, gym.error.Error) as error:
         raise UsageError(str(error)) from error
 
 
@@ -392,6 +397,21 @@ def read_run(path: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     except ValueError as error:
         raise UsageError(f"{file} is damaged ({error}): remove it to use {path / CHECKPOINT} by itself.") from error
+
+
+def refuse_changes(path: Path, env_id: str, options: TrainArguments) -> None:
+    """A resumed run keeps its environment and its objective; only how long it goes on, and how it is shown, may change."""
+    run, blank = read_run(path), TrainArguments()
+    if run.get("env", env_id) != env_id:
+        raise UsageError(f"{path} is a run of {run['env']}, not of {env_id}: choose another --out.")
+    free = (*NOT_REMEMBERED, "total_timesteps", "checkpoint_every", "verbose", "threads")
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        if f.name not in free and value not in (getattr(blank, f.name), run.get(f.name, value)):
+            flag = f"--{f.name.replace('_', '-')}"
+            raise UsageError(
+                f"{path} was begun with {f.name}={run[f.name]}, not {value}: leave {flag} away, or begin another run."
+            )
 
 
 def remembered(path: Path, options: Any) -> Any:

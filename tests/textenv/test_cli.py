@@ -148,3 +148,29 @@ def test_the_agents_own_settings_are_in_its_help(capsys):
     out = capsys.readouterr().out
     assert "--clip-range" in out
     assert "probability ratio" in out
+
+
+def test_a_run_goes_on_in_its_own_environment_with_its_own_objective(run):
+    before = (run / "checkpoint" / "agent.json").read_bytes()
+    resume = ["--out", str(run), "--resume", "--total-timesteps", "500"]
+    assert "a run of textenv/Arithmetic-v0" in fails(["train", "PPO", "textenv/Tree-v0", *resume])
+    assert "leave --beta away" in fails(["train", "PPO", "textenv/Arithmetic-v0", *resume, "--beta", "0.5"])
+    assert (run / "checkpoint" / "agent.json").read_bytes() == before
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew(tmp_path):
+    file, out = tmp_path / "mine.py", tmp_path / "run"
+    command = ["train", "PPO", "textenv/Arithmetic-v0", "--total-timesteps", "20", "--out", str(out)]
+    command += ["--reward", f"{file}:mine", *SMALL]
+    file.write_text("def mine(completions, **columns):\n    return [float('nan')] * len(completions)\n")
+    assert "nan" in fails(command)
+    file.write_text("def mine(completions, **columns):\n    return [1.0] * len(completions)\n")
+    main(command)
+    assert (out / "checkpoint" / "agent.json").is_file()
+
+
+def test_no_tokens_is_no_run(tmp_path):
+    assert ">= 1" in fails(
+        ["train", "PPO", "textenv/Arithmetic-v0", "--out", str(tmp_path / "r"), "--total-timesteps", "0"]
+    )
+    assert not (tmp_path / "r").exists()
