@@ -64,7 +64,9 @@ def write_report(summary: dict[str, Any], out: Path) -> None:
         stages=stages(summary["stages"]),
         samples="".join(sample(s) for s in judged["samples"][:16]),
         settings=html.escape(json.dumps(summary["settings"], default=str)),
-        command=html.escape(f"textenv demo --seed {summary['settings']['seed']} --size {summary['settings']['size']}"),
+        command=html.escape(
+            f"python -m benchmarks.instructgpt --seed {summary['settings']['seed']} --size {summary['settings']['size']}"
+        ),
     )
     (out / "report.html").write_text(page, encoding="utf-8")
 

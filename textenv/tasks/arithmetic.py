@@ -1,7 +1,7 @@
 """`textenv/Arithmetic-v0`: two-digit sums with a verifiable reward.
 
 The shipped model (430k parameters) has read sums written by careful and sloppy people, so it knows how to add and is
-right about one time in six: what reinforcement learning has to do is to choose, not to learn arithmetic. Splits are by
+right about three times in ten (28.8% measured): what reinforcement learning has to do is to choose, not to learn arithmetic. Splits are by
 unordered pair: no test sum, nor its mirror image, is in the training text or among the training prompts.
 """
 

@@ -3,6 +3,9 @@
 Prompts are requests in a mini-English of a few hundred words; the model is the shipped fine-tuned one; the reward is the
 shipped reward model, learned from the rankings of simulated labelers. The gold standard (`gold.judge`) is no part of
 it: it belongs to the final evaluation alone.
+
+The id is not registered yet and no models are shipped: the reward models trained so far are too weak. Until they are,
+`model=` and `reward=` must be given to `make` and `make_vec` of this module.
 """
 
 from __future__ import annotations
