@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.logger import CSVOutputFormat, Logger, configure
 
+from agents.advantages import KL_ESTIMATORS
 from agents.policy import Policy
 from agents.rollout import StopTraining, run_prompts
 from textenv.env import TextVectorEnv
@@ -30,6 +31,9 @@ from textenv.prompts import Prompts, did_you_mean, encode_prompt
 from textenv.task import quiet_loading
 
 MaybeCallback: TypeAlias = Callable[[dict[str, Any], dict[str, Any]], bool] | BaseCallback | list[BaseCallback] | None
+
+ACCOUNTS = ("gradient_tokens", "optimizer_steps", "reward_calls", "reference_calls", "reference_tokens")
+"""What every agent counts, beside environment tokens and seconds (docs/logged-figures.md)."""
 
 AGENT_FILE, TRAINER_FILE, POLICY_DIR, CRITIC_FILE = "agent.json", "trainer.pt", "policy", "critic.safetensors"
 
@@ -64,6 +68,9 @@ class AgentConfig:
     learning_rate: float | None = None
     """Adam's step size. Default: 0.05 / hidden size (4e-4 at width 128, 6.5e-5 at 768): Adam's steps should shrink with
     width (Yang et al., 2022, https://arxiv.org/abs/2203.03466)."""
+    decay_timesteps: int | None = None
+    """The learning rate falls linearly from its full size to 0 over so many tokens, counted from the agent's first; None keeps
+    it. Set it to the length of the whole run: on small exact tasks a constant rate costs 0.01 to 0.05 of the score."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     top_k: int | None = None
@@ -72,7 +79,7 @@ class AgentConfig:
     """Sample from the smallest set of tokens of this probability (scored and trained under the same truncation)."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "decay_timesteps", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"Expected {name} > 0, got {value!r}.")
@@ -95,8 +102,10 @@ class LanguageModelAgent:
     """
 
     Config: ClassVar[type[AgentConfig]] = AgentConfig
-    kl_placement: ClassVar[str] = "reward"
+    kl_placement: str = "reward"
     """Where the agent's KL lives: `"reward"` (the environment pays it), `"loss"` or `"none"`."""
+    needs_groups: ClassVar[bool] = False
+    """Whether the agent compares completions of one prompt: the environment is then made with `group_size` >= 2."""
 
     def __init__(
         self,
@@ -115,13 +124,14 @@ class LanguageModelAgent:
 
         seeds = np.random.SeedSequence(seed).spawn(2)
         self.rng, self._predict_rng = (np.random.default_rng(child) for child in seeds)
-        self.policy = Policy(self.lanes.reference, self.config.top_k, self.config.top_p)
+        self.policy = self.make_policy()
         self.attach_to_env()
         self.env.reset(seed=seed)
 
         self.num_timesteps = 0
-        self.accounts = dict.fromkeys(("gradient_tokens", "optimizer_steps", "reward_calls", "reference_tokens"), 0)
+        self.accounts = dict.fromkeys(ACCOUNTS, 0)
         self.history: list[dict[str, float]] = []
+        self._decay = 1.0  # of the learning rate, in this iteration
         self._target_timesteps = 0
         self._seconds = 0.0
         self._before_rollout: dict[str, Any] | None = None  # progress at the last update, until the next
@@ -190,6 +200,10 @@ class LanguageModelAgent:
             raise ValueError(f"Expected total_timesteps >= 1, got {total_timesteps}.")
         return Learning(self, total_timesteps, callback, progress_bar)
 
+    def make_policy(self) -> Policy:
+        """What acts. An agent with another kind of policy returns it here."""
+        return Policy(self.lanes.reference, self.config.top_k, self.config.top_p)
+
     def attach_to_env(self) -> None:
         """Have the environment measure this policy's KL, and pay it if that is where the agent has it."""
         if self.lanes.kl.kind == "reference" and self.kl_placement == "reward":
@@ -211,11 +225,23 @@ class LanguageModelAgent:
 
     @property
     def learning_rate(self) -> float:
-        """Adam's step size."""
+        """Adam's step size in this iteration."""
         if self.config.learning_rate is not None:
-            return self.config.learning_rate
+            return self.config.learning_rate * self._decay
         width: int = self.policy.model.config.get_text_config().hidden_size
-        return 0.05 / width
+        return 0.05 / width * self._decay
+
+    def decay_learning_rate(self) -> None:
+        """Set every optimiser's step size, at the beginning of an iteration.
+
+        It depends on the tokens so far and on nothing else, so that a resumed run repeats an undisturbed one. The tokens before
+        the rollout count: the first update takes full steps, and the last one does not take steps of 0.
+        """
+        if self.config.decay_timesteps is not None:
+            self._decay = max(0.0, 1 - self.num_timesteps / self.config.decay_timesteps)
+            for optimizer in self.optimizers().values():
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate
 
     def apply_gradients(self, optimizer: torch.optim.Optimizer) -> float:
         """Clip, step, and tell the caches. Returns the gradient's norm before clipping."""
@@ -236,6 +262,7 @@ class LanguageModelAgent:
     def log_rollout(self, episodes: Episodes) -> None:
         """Record what the episodes say, under the names all agents share (docs/logged-figures.md)."""
         self.accounts["reward_calls"] += len(episodes)
+        self.accounts["reference_calls"] += len(episodes)
         self.accounts["reference_tokens"] += int(episodes.response_length.sum())
         columns = {
             "rollout/task_reward": episodes.task_reward,
@@ -251,6 +278,20 @@ class LanguageModelAgent:
         if self.lanes.reward is not None:
             for name, value in self.lanes.reward.pop_metrics().items():
                 self.logger.record(f"reward/{name}", float(value))
+
+    def reference_log_probs(self, episodes: Episodes) -> torch.Tensor:
+        """Of each response token, for a KL in the loss. Shape: (B, T), nats.
+
+        The deferred lane has them at hand; episodes that came through wrappers are scored here.
+        """
+        ref = episodes.ref_log_probs
+        if np.isnan(ref).any():
+            n = episodes.response_length
+            ref = np.zeros_like(ref)
+            ref[:, : n.max()] = self.lanes.reference.score(episodes.tokens, episodes.prompt_length, n)
+            self.accounts["reference_calls"] += len(episodes)
+            self.accounts["reference_tokens"] += int(n.sum())
+        return torch.from_numpy(ref).to(self.policy.lm.device, torch.float32)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -282,7 +323,7 @@ class LanguageModelAgent:
             tensors = {
                 f"{name}.{key}": value.contiguous()
                 for name, module in self.trained_modules().items()
-                for key, value in module.state_dict().items()
+                for key, value in _unshared(module.state_dict()).items()
             }
             if tensors:
                 save_file(tensors, scratch / CRITIC_FILE)
@@ -355,8 +396,10 @@ class LanguageModelAgent:
             stored = _read_tensors(path / CRITIC_FILE)
             for name, module in modules.items():
                 part = {key.removeprefix(f"{name}."): t for key, t in stored.items() if key.startswith(f"{name}.")}
-                _check_tensors(part, module.state_dict(), path / CRITIC_FILE)
-                module.load_state_dict(part)
+                expected = module.state_dict()
+                tied = set(expected) - set(_unshared(expected))
+                _check_tensors(part, expected, path / CRITIC_FILE, optional=tied)
+                module.load_state_dict(part, strict=False)
         self.policy.invalidate()
 
     def _progress(self) -> dict[str, Any]:
@@ -379,7 +422,7 @@ class LanguageModelAgent:
         self.rng.bit_generator.state = state["rng"]
         self._predict_rng.bit_generator.state = state["predict_rng"]
         self.num_timesteps, self._target_timesteps = state["num_timesteps"], state["target_timesteps"]
-        self._seconds, self.accounts = state["seconds"], dict(state["accounts"])
+        self._seconds, self.accounts = state["seconds"], dict.fromkeys(ACCOUNTS, 0) | state["accounts"]
         env_state = _as_arrays(state["env"])
         if env_state["arrays"]["_tokens"].shape == (self.lanes.num_envs, self.lanes.max_tokens):
             self.lanes.set_state(env_state)
@@ -431,6 +474,7 @@ class Learning:
         self.callback.on_rollout_start()
         self.agent.policy.invalidate()
         self.agent.lanes.reference.invalidate()
+        self.agent.decay_learning_rate()
         self.agent._before_rollout = self.agent._progress()
         return True
 
@@ -466,6 +510,59 @@ class Learning:
         ]
         self.progress.update(self._bar, figures="  ".join(shown))
         agent.logger.dump(agent.num_timesteps)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """A setting that is one of a few words.
+
+    Raises:
+        ValueError: It is another one; the message names the nearest.
+    """
+    if value not in choices:
+        raise ValueError(
+            f"Expected {name} to be one of {list(choices)}, got {value!r}.{did_you_mean(str(value), choices)}"
+        )
+
+
+def check_kl_settings(placement: str, estimator: str) -> None:
+    """Where a KL lives, and by which estimator it is differentiated in a loss.
+
+    Raises:
+        ValueError: No such place, or an estimator that does not belong in a loss.
+    """
+    check_choice("kl_placement", placement, ("reward", "loss", "none"))
+    if estimator == "k1":
+        raise ValueError(
+            "kl_estimator='k1' cannot be differentiated in a loss: its expected gradient is 0, so it is nothing but noise. Expected "
+            f"one of {list(KL_ESTIMATORS)}; or kl_placement='reward', where k1 is paid and its reward-to-go gives the exact gradient."
+        )
+    check_choice("kl_estimator", estimator, KL_ESTIMATORS)
+
+
+def check_groups(agent: LanguageModelAgent, episodes_per_update: int) -> list[int]:
+    """See that rollouts consist of whole groups, and say in how many waves they are collected.
+
+    A lane that has finished goes on with the next prompt of its group's stream, ahead of its neighbours. In a wave each lane runs
+    one episode, so that all groups are complete and no group is made of those that happened to be short.
+
+    Returns:
+        Episodes of each wave. With as many lanes as episodes it is one wave, which is fastest.
+
+    Raises:
+        ValueError: The environment has no groups, or they do not fit.
+    """
+    size, lanes, name = agent.lanes.group_size, agent.lanes.num_envs, type(agent).__name__
+    if size < 2:
+        raise ValueError(
+            f"{name} compares completions of one prompt: expected an environment with group_size >= 2, got {size}. Make it with "
+            "gymnasium.make_vec(..., group_size=4)."
+        )
+    if lanes % size or episodes_per_update % size:
+        raise ValueError(
+            f"Expected num_envs and episodes_per_update to be multiples of group_size={size}, got {lanes} and {episodes_per_update}."
+        )
+    waves, rest = divmod(episodes_per_update, lanes)
+    return [lanes] * waves + [rest] * (rest > 0)
 
 
 def make_config(agent: type[LanguageModelAgent], config: AgentConfig | None, overrides: dict[str, Any]) -> Any:
@@ -611,4 +708,15 @@ def _as_arrays(value: Any) -> Any:
     return [_as_arrays(item) for item in value] if isinstance(value, list) else value
 
 
-__all__ = ["Agent", "AgentConfig", "CheckpointError", "LanguageModelAgent", "Learning", "make_config", "read_about"]
+__all__ = [
+    "Agent",
+    "AgentConfig",
+    "CheckpointError",
+    "LanguageModelAgent",
+    "Learning",
+    "check_choice",
+    "check_groups",
+    "check_kl_settings",
+    "make_config",
+    "read_about",
+]

@@ -77,7 +77,7 @@ class Policy:
         Returns:
             Token ids and their log-probabilities in nats. Shapes: (N,), (N,).
         """
-        logits = self.lm.behaviour.logits(self.lm.next_logits(observations), observations)
+        logits = self.next_logits(observations)
         tokens = logits.argmax(dim=-1) if deterministic else draw(logits, rng.random(len(observations)))
         actions, chosen = tokens.cpu().numpy(), log_prob(logits, tokens).double().cpu().numpy()
         self._sampled = (np.array(observations), actions.copy(), chosen.copy())
@@ -86,16 +86,34 @@ class Policy:
     def log_probs(self, observations: NDArray[np.int64], actions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Log-probabilities of `actions`, in nats. Shapes: (N, L), (N,) -> (N,)."""
         if self.lm.refresh():
-            self._sampled = None
+            self.invalidate()
         if self._sampled is not None:
             seen, taken, chosen = self._sampled
             if seen.shape == observations.shape and (seen == observations).all() and (taken == actions).all():
                 return chosen.copy()
-        return self.lm.log_probs(observations, actions)
+        logits = self.next_logits(observations)
+        return log_prob(logits, torch.as_tensor(actions, device=logits.device)).double().cpu().numpy()
 
     def log_probs_all(self, observations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Log-probabilities of every token, in nats. Shape: (N, L) -> (N, V)."""
-        return self.lm.log_probs_all(observations)
+        return self.next_logits(observations).double().log_softmax(dim=-1).cpu().numpy()
+
+    # Sampling, scoring and training all come through these two: a policy with another distribution overrides both.
+
+    @torch.no_grad()
+    def next_logits(self, observations: NDArray[np.int64]) -> torch.Tensor:
+        """Logits of the distribution that is sampled, `-inf` where a token cannot be drawn. Shape: (N, L) -> (N, V)."""
+        return self.lm.behaviour.logits(self.lm.next_logits(observations), observations)
+
+    def response_logits(
+        self,
+        hidden: torch.Tensor,
+        tokens: NDArray[np.int64],
+        prompt_length: NDArray[np.int64],
+        response_length: NDArray[np.int64],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same at the states `hidden` of whole responses, and the tokens drawn there. Shapes: (M, V), (M,). Differentiable."""
+        return self.lm.response_logits(hidden, tokens, prompt_length, response_length)
 
     def evaluate(
         self, episodes: Responses, rows: NDArray[np.int64], entropy_gradient: bool = False
@@ -113,7 +131,7 @@ class Policy:
         """
         part = episodes.tokens[rows], episodes.prompt_length[rows], episodes.response_length[rows]
         hidden = self.lm.response_hidden(*part)
-        logits, drawn = self.lm.response_logits(hidden, *part)
+        logits, drawn = self.response_logits(hidden, *part)
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             log_p = logits.log_softmax(dim=-1)
             entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(dim=-1)

@@ -107,10 +107,7 @@ class PPO(LanguageModelAgent):
 
     def learn(self, total_timesteps: int, callback: MaybeCallback = None, progress_bar: bool = False) -> Self:
         """Train until `total_timesteps` more tokens have been sampled (the last rollout is finished)."""
-        # Asked here and not at construction: a checkpoint can be loaded to write with, without its pretraining text.
-        if (self.config.ptx_coef > 0) != (self.ptx_data is not None):
-            got = f"ptx_coef={self.config.ptx_coef} and {'no ' if self.ptx_data is None else ''}ptx_data"
-            raise ValueError(f"ptx_coef and ptx_data belong together, got {got}: pass both to PPO(...), or neither.")
+        self.check_ptx()
         with self.start_learning(total_timesteps, callback, progress_bar) as session:
             while session.more():
                 episodes = collect(self.env, self.policy, self.config.episodes_per_update, self.rng, session.on_step)
@@ -197,6 +194,16 @@ class PPO(LanguageModelAgent):
         """Rows of each gradient step: a fresh permutation per epoch."""
         count = -(-size // self.config.minibatch_episodes)
         return [rows for _ in range(self.config.epochs) for rows in np.array_split(self.rng.permutation(size), count)]
+
+    def check_ptx(self) -> None:
+        """See that the weight of the pretraining loss comes with text, and text with a weight.
+
+        Asked by `learn` and not at construction: a checkpoint can be loaded to write with, without its pretraining text.
+        """
+        if (self.config.ptx_coef > 0) != (self.ptx_data is not None):
+            got = f"ptx_coef={self.config.ptx_coef} and {'no ' if self.ptx_data is None else ''}ptx_data"
+            name = type(self).__name__
+            raise ValueError(f"ptx_coef and ptx_data belong together, got {got}: pass both to {name}(...), or neither.")
 
     def ptx_loss(self) -> torch.Tensor:
         """Cross-entropy on rows of pretraining text, nats per token. Shape: ()."""

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from agents.optim import Muon
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingConfig:
@@ -36,9 +38,11 @@ class PretrainingConfig:
     block_length: int = 64
     """T: tokens per block. Long enough that an answer mostly has its question in the same block."""
     learning_rate: float = 5e-3
-    """At the peak, after the warm-up."""
-    final_learning_rate: float = 1e-4
-    """At the end of the cosine."""
+    """AdamW's at the peak, after the warm-up."""
+    matrix_learning_rate: float | None = None
+    """Muon's, for hidden matrices; None trains them by AdamW as well."""
+    final_learning_rate: float = 0.02
+    """At the end of the cosine, as a share of the peak."""
     warmup_steps: int = 50
     """Steps from zero to the peak, linearly."""
     weight_decay: float = 0.01
@@ -95,12 +99,11 @@ def silence_residual_branches(model: nn.Module) -> None:
 
 
 def learning_rate(step: int, config: PretrainingConfig) -> float:
-    """Linear warm-up, then a cosine from the peak to the final value."""
+    """Share of the peak: linear warm-up, then a cosine down to the final share."""
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    span = config.learning_rate - config.final_learning_rate
-    return config.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
+    return config.final_learning_rate + (1 - config.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def next_token_loss(model: nn.Module, blocks: Tensor) -> Tensor:
@@ -148,10 +151,8 @@ def pretrain(
     tokens = torch.as_tensor(stream)
     offsets = torch.arange(config.block_length + 1)
 
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    optimizer = make_optimizer(model, config)
+    peaks = [group["lr"] for group in optimizer.param_groups]
 
     was_training = model.training
     model.train()
@@ -167,8 +168,8 @@ def pretrain(
         loss.backward()
         # 3 step
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * learning_rate(step, config)
         optimizer.step()
         # 4 report
         seen = (step + 1) * config.batch_size * config.block_length
@@ -177,6 +178,16 @@ def pretrain(
             on_step(progress)
     model.train(was_training)
     return progress
+
+
+def make_optimizer(model: nn.Module, config: PretrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, or Muon with AdamW for what is no hidden matrix."""
+    if config.matrix_learning_rate is not None:
+        return Muon(model, config.learning_rate, config.matrix_learning_rate, config.betas, config.weight_decay)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Advantages against hand-worked values and stable-baselines3's own buffer."""
+"""Advantages and reductions against hand-worked values, plain loops, and stable-baselines3's own buffer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import pytest
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from agents.advantages import gae, masked_mean, whiten
+from agents.advantages import (
+    aggregate,
+    gae,
+    group_advantages,
+    kl_terms,
+    leave_one_out,
+    masked_mean,
+    normalize,
+    returns_to_go,
+    whiten,
+)
 
 
 def ragged(seed=0, rows=6, width=7):
@@ -95,6 +105,121 @@ def test_whiten_hand_worked():
 def test_whitening_equal_values_stays_finite():
     x, mask = torch.full((2, 2), 5.0), torch.ones(2, 2, dtype=torch.bool)
     assert (whiten(x, mask) == 0).all()
+
+
+@pytest.mark.parametrize("value", [0.1, 1000.1, -3e7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whitening_does_not_scale_rounding_noise_up(value, dtype):
+    """Equal up to the last digits: the wrong setting, plain (x - mean) / std, makes advantages of 1 of them."""
+    rng = np.random.default_rng(0)
+    noise = 1 + torch.finfo(dtype).eps * torch.from_numpy(rng.integers(-1, 2, size=(64, 9))).to(dtype)
+    x, mask = value * noise, torch.ones(64, 9, dtype=torch.bool)
+    assert len(x.unique()) > 1
+    assert (whiten(x, mask) == 0).all()
+    assert ((x - x.mean()) / x.std()).abs().max() > 0.5
+
+
+def test_whitening_ignores_what_is_masked():
+    x, mask = torch.tensor([[5.0, 5.0, 1e9]]), torch.tensor([[True, True, False]])
+    assert (whiten(x, mask) == 0).all()
+    x = torch.tensor([[1.0, 3.0, 1e9]])
+    torch.testing.assert_close(whiten(x, mask), torch.tensor([[-1.0, 1.0, 0.0]]))
+
+
+def test_normalize_is_over_the_whole_batch():
+    torch.testing.assert_close(normalize(torch.tensor([1.0, 3.0, 1.0, 3.0])), torch.tensor([-1.0, 1.0, -1.0, 1.0]))
+    assert (normalize(torch.full((3,), 0.1)) == 0).all()
+
+
+# ---------------------------------------------------------------------- returns, groups
+
+
+def test_returns_to_go_hand_worked():
+    rewards, mask = torch.tensor([[1.0, 2.0, 4.0], [3.0, 5.0, 99.0]]), torch.tensor([[True] * 3, [True, True, False]])
+    assert returns_to_go(rewards, mask).tolist() == [[7.0, 6.0, 4.0], [8.0, 5.0, 0.0]]
+
+
+def test_returns_to_go_equals_a_loop():
+    lengths, mask, rewards, _ = ragged()
+    ours = returns_to_go(rewards, mask)
+    for i, n in enumerate(lengths):
+        for t in range(7):
+            assert ours[i, t].item() == pytest.approx(sum(rewards[i, s].item() for s in range(t, n)), abs=1e-12)
+
+
+def test_leave_one_out_hand_worked():
+    # 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2
+    assert leave_one_out(torch.tensor([[1.0, 2.0, 6.0]])).tolist() == [[-3.0, -1.5, 4.5]]
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_leave_one_out_equals_a_loop_and_k_over_k_minus_one_times_the_centred_return(size):
+    returns = np.random.default_rng(1).normal(size=(5, size))
+    ours = leave_one_out(torch.from_numpy(returns)).numpy()
+    for p in range(5):
+        for k in range(size):
+            others = [returns[p, j] for j in range(size) if j != k]
+            assert ours[p, k] == pytest.approx(returns[p, k] - sum(others) / len(others), abs=1e-12)
+    np.testing.assert_allclose(ours, size / (size - 1) * (returns - returns.mean(axis=1, keepdims=True)), atol=1e-12)
+    np.testing.assert_allclose(
+        ours, size / (size - 1) * group_advantages(torch.from_numpy(returns)).numpy(), atol=1e-12
+    )
+
+
+def test_group_advantages_hand_worked():
+    # mean 3, squares 4 + 1 + 9 = 14 -> sd sqrt(14 / 2)
+    returns = torch.tensor([[1.0, 2.0, 6.0]])
+    assert group_advantages(returns).tolist() == [[-2.0, -1.0, 3.0]]
+    expected = torch.tensor([[-2.0, -1.0, 3.0]]) / (np.sqrt(7) + 1e-4)
+    torch.testing.assert_close(group_advantages(returns, scale_by_std=True), expected)
+
+
+def test_groups_are_apart():
+    together = group_advantages(torch.tensor([[0.0, 2.0], [100.0, 200.0]]))
+    assert together.tolist() == [[-1.0, 1.0], [-50.0, 50.0]]
+
+
+@pytest.mark.parametrize("advantages", [leave_one_out, group_advantages, lambda r: group_advantages(r, True)])
+@pytest.mark.parametrize("value", [0.1, 1000.1, -1e6 / 3])
+def test_an_all_equal_group_has_no_advantage_at_all(advantages, value):
+    returns = torch.full((1, 3), value)
+    assert (advantages(returns) == 0).all()
+    assert (advantages(returns.double()) == 0).all()
+
+
+# ---------------------------------------------------------------------- reductions, KL terms
+
+
+def test_aggregate_hand_worked():
+    loss, mask = torch.tensor([[1.0, 2.0, 3.0], [10.0, 99.0, 99.0]]), torch.tensor([[True] * 3, [True, False, False]])
+    assert aggregate(loss, mask, "token", 5).item() == pytest.approx(16 / 4)
+    assert aggregate(loss, mask, "sequence", 5).item() == pytest.approx((2 + 10) / 2)
+    assert aggregate(loss, mask, "fixed", 5).item() == pytest.approx((6 + 10) / (2 * 5))
+    with pytest.raises(ValueError, match="token"):
+        aggregate(loss, mask, "mean", 5)
+
+
+def test_aggregate_equals_loops():
+    lengths, mask, loss, _ = ragged()
+    rows = [[loss[i, t].item() for t in range(n)] for i, n in enumerate(lengths)]
+    expected = {
+        "token": sum(map(sum, rows)) / sum(map(len, rows)),
+        "sequence": sum(sum(row) / len(row) for row in rows) / len(rows),
+        "fixed": sum(map(sum, rows)) / (len(rows) * 11),
+    }
+    for how, value in expected.items():
+        assert aggregate(loss, mask, how, 11).item() == pytest.approx(value, abs=1e-12)
+
+
+def test_kl_terms_hand_worked():
+    log_ratio, ratio = torch.tensor([np.log(2.0), 0.0, -np.log(2.0)]), torch.tensor([3.0, 3.0, 3.0])
+    torch.testing.assert_close(kl_terms(log_ratio, ratio, "k2"), log_ratio**2 / 2)
+    k3 = torch.tensor([0.5 - 1 + np.log(2.0), 0.0, 2 - 1 - np.log(2.0)])
+    torch.testing.assert_close(kl_terms(log_ratio, ratio, "k3"), k3)
+    torch.testing.assert_close(kl_terms(log_ratio, ratio, "ratio_k3"), 3 * k3)
+    assert (kl_terms(torch.tensor([-torch.inf]), torch.tensor([0.0]), "k2") == 0).all()
+    with pytest.raises(ValueError, match="ratio_k3"):
+        kl_terms(log_ratio, ratio, "k1")
 
 
 def test_masked_mean():
