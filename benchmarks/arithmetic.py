@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-RUN = Path("runs/demo")
+RUN = Path("runs/arithmetic")
 
 
 @dataclass(frozen=True)
-class DemoArguments:
-    """Settings of the demo."""
+class ArithmeticArguments:
+    """Settings of this run."""
 
     seed: int = 0
     """Of training and sampling."""
@@ -31,7 +31,7 @@ class DemoArguments:
     """CPU threads of torch: at this size a second one may cost more than it brings."""
 
 
-def run_demo(options: DemoArguments) -> dict[str, Any]:
+def run_arithmetic(options: ArithmeticArguments) -> dict[str, Any]:
     """Train, measure on unseen sums, draw, and print samples."""
     import gymnasium as gym
     import torch
@@ -141,3 +141,11 @@ def draw(history: list[dict[str, float]], figures: dict[str, Any], path: Path) -
         axis.ticklabel_format(axis="x", style="plain")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    run_arithmetic(
+        tyro.cli(ArithmeticArguments, description="PPO makes a small model choose the sums it already knows.")
+    )

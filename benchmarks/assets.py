@@ -1,19 +1,27 @@
 """How the shipped models are made.
 
 Run: python -m benchmarks.assets arithmetic
+     python -m benchmarks.assets assistant
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from agents.pretraining import PretrainingConfig, PretrainingProgress, pretrain
+from benchmarks.instructgpt import DemoArguments, Recipe
+from rewards import RewardModel
+from textenv.task import quiet_loading
 from textenv.tasks import arithmetic
+from textenv.tasks.assistant import task as assistant
 from textenv.tokenizer import character_tokenizer
 
 
@@ -42,15 +50,78 @@ def build_arithmetic(path: Path = arithmetic.ASSET, steps: int = 1500) -> None:
     tokenizer.save_pretrained(path)
 
 
+def build_assistant(path: Path = assistant.ASSETS, run: Path = Path("runs/assistant-assets")) -> None:
+    """Run the recipe in its large size, and keep base, fine-tuned and reward model, with a card that says what they can do."""
+    done = Recipe(DemoArguments(size="shipped", out=run)).run()
+    with quiet_loading():
+        for name in ("base", "sft"):
+            model = AutoModelForCausalLM.from_pretrained(run / name)
+            model.half().save_pretrained(path / name)
+            assistant.assistant_tokenizer().save_pretrained(path / name)
+        reward = RewardModel.from_pretrained(run / "reward")
+        reward.model.half()
+        reward.save_pretrained(path / "reward")
+    figures = {"reward": done["reward"], "judged": done["judged"]["rows"], "prompts": done["judged"]["prompts"]}
+    (path / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (path / "README.md").write_text(card(figures, sum(stage["seconds"] for stage in done.values())))
+
+
+def card(figures: dict[str, Any], seconds: float) -> str:
+    """The model card of the Assistant world's models."""
+    rows, reward = figures["judged"], figures["reward"]
+    lines = [
+        f"| {name} | {row['gold']:.3f} | {row['obeyed']:.0%} | {row['false_facts']:.0%} | {row['rude']:.1%} | {row['neutral_loss']:.3f} |"
+        for name, row in rows.items()
+        if name in ("base", "sft", "ppo_ptx")
+    ]
+    return CARD.format(
+        rows="\n".join(lines),
+        prompts=figures["prompts"],
+        minutes=seconds / 60,
+        held_out=reward["accuracy_held_out_labelers"],
+        noiseless=reward["accuracy_noiseless_labeler"],
+        share=reward["share_of_noiseless"],
+        length=reward["accuracy_length_alone"],
+        ceiling=rows["ceiling"]["gold"],
+    )
+
+
+CARD = """# The models of `textenv/Assistant-v0`
+
+Three Llamas of two layers and width 128 (385,000 parameters each), in half precision, English of 446 words.
+
+- `base/` has read six million tokens of the world's web, with its lies and its rudeness.
+- `sft/` has imitated 1,500 demonstrations. It is the environment's reference model, and what policies start from.
+- `reward/` has learned from simulated labelers' rankings of its answers. It is the environment's reward.
+
+```bash
+python -m benchmarks.assets assistant    # {minutes:.0f} minutes on two cores
+```
+
+On {prompts} requests that no stage had seen, one answer each at temperature 1, judged by the gold standard (ideal answers score
+{ceiling:.3f}); PPO-ptx, which is not shipped, stands beside them:
+
+| model | gold score | instruction obeyed | false facts | rude | loss on neutral text, nats |
+|---|---|---|---|---|---|
+{rows}
+
+The reward model agrees with held-out labelers on {held_out:.1%} of the pairs of different ranks; the gold standard without any noise agrees on
+{noiseless:.1%} (so it reaches {share:.0%} of that), "the longer answer is better" on {length:.1%}. It inherits its labelers' taste for length.
+
+Meant for experiments with reinforcement learning; the models know nothing outside their small world. Their text holds insults
+and advice to do harm to the world's people and animals on purpose: so that harm can be measured, and unlearnt.
+"""
+
+
 def _report(progress: PretrainingProgress) -> None:
     if progress.step % 100 == 0:
         print(f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  {progress.seconds:.0f} s", flush=True)
 
 
-BUILDERS = {"arithmetic": build_arithmetic}
+BUILDERS: dict[str, Callable[[], None]] = {"arithmetic": build_arithmetic, "assistant": build_assistant}
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     if len(sys.argv) != 2 or sys.argv[1] not in BUILDERS:
         sys.exit(f"usage: python -m benchmarks.assets {{{','.join(BUILDERS)}}}")
     BUILDERS[sys.argv[1]]()

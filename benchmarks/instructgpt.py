@@ -4,30 +4,31 @@
     sft        it imitates people's demonstrations
     rankings   simulated labelers rank K = 4..9 of its answers per prompt
     reward     a reward model learns from the rankings
-    ppo        PPO against the reward model, held near sft by the KL penalty
-    ppo_ptx    the same with a share of pretraining text in every update
+    ppo        PPO against the reward model, held near sft by the KL penalty; and the same with a share of pretraining
+               text in every update (PPO-ptx)
     judged     only now: the gold standard, on prompts that no stage has seen
 
 Each stage writes its result to the run directory and is skipped when it is there, so an interrupted run goes on.
 
 Source: Ouyang et al. (2022), https://arxiv.org/abs/2203.02155.
-Run: python -m benchmarks.instructgpt
-
-In progress: every stage runs, but the reward model is still near chance (53% on held-out labelers in the runs tried, where a
-labeler without noise reaches 65 to 67%), and PPO against it raised its score while the gold score fell.
+Run: textenv demo
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
+import queue
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import gymnasium as gym
 import numpy as np
@@ -35,22 +36,28 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import textenv  # noqa: F401  # registers the ids
 from agents import PPO, SFT
+from agents.optim import Muon
 from agents.pretraining import PretrainingConfig, language_model_loss, pretrain, silence_residual_branches
 from agents.rollout import run_prompts
 from rewards import RewardModel, train_reward_model
 from rewards.rankings import evaluate_reward_model
 from textenv.task import quiet_loading
 from textenv.tasks.assistant import corpus, demonstrations, gold, labelers
-from textenv.tasks.assistant.requests import Request
+from textenv.tasks.assistant.requests import Request, make_requests
 from textenv.tasks.assistant.task import assistant_tokenizer, prompt_rows, requests_of
 from textenv.tasks.assistant.text import MAX_RESPONSE_TOKENS, format_turns, pack
 
-STAGES = ("base", "sft", "rankings", "reward", "ppo", "ppo_ptx", "judged")
+STAGES = ("base", "sft", "rankings", "reward", "ppo", "judged")
 POLICIES = ("base", "few_shot", "sft", "ppo", "ppo_ptx")
+PTX_COEF = {"ppo": 0.0, "ppo_ptx": 0.5}
+
+Advance: TypeAlias = Callable[[float, str], None]
+"""Told the share that is done, in [0, 1], and a few figures."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +71,16 @@ class Size:
     ppo_tokens: int
     judged_prompts: int
     hidden_size: int = 128
-    layers: int = 2
 
+
+_PRETRAINING = PretrainingConfig(steps=3200, learning_rate=3e-3, matrix_learning_rate=5e-3)
 
 SIZES: dict[str, Size] = {
     "tiny": Size(20_000, PretrainingConfig(steps=30, batch_size=12), 2_000, 16, 1_500, 24, hidden_size=32),
     # Small batches: the model learns to copy from the prompt suddenly, after so many steps rather than so many tokens.
-    "default": Size(
-        1_700_000, PretrainingConfig(steps=2200, batch_size=12, block_length=64), 50_000, 500, 150_000, 600
-    ),
+    "default": Size(2_500_000, _PRETRAINING, 60_000, 4_000, 100_000, 600),
+    # The models that textenv/Assistant-v0 brings along.
+    "shipped": Size(6_000_000, replace(_PRETRAINING, steps=8_000), 80_000, 12_000, 100_000, 600),
 }
 
 
@@ -82,14 +90,19 @@ class DemoArguments:
 
     seed: int = 0
     """Of every stage."""
-    size: Literal["tiny", "default"] = "default"
-    """`tiny` shows that everything runs, in half a minute; its results mean nothing."""
-    out: Path = Path("runs/instructgpt")
+    size: Literal["tiny", "default", "shipped"] = "default"
+    """`tiny` shows that everything runs, in half a minute; its results mean nothing. `shipped` made the models that come with
+    `textenv/Assistant-v0`."""
+    out: Path = Path("runs/demo")
     """Run directory."""
     device: str = "cpu"
     """Where models live."""
-    threads: int = 1
-    """CPU threads of torch; models are so small that a second one hardly pays."""
+    cores: int = 2
+    """CPU cores to use. Any number gives the same results up to rounding."""
+
+
+PPO_SETTINGS: dict[str, Any] = {"beta": 0.1, "learning_rate": 1e-3, "episodes_per_update": 256, "epochs": 1}
+"""Of both PPO stages, chosen by the reward model's score and the KL of seed 0."""
 
 
 class Recipe:
@@ -103,7 +116,7 @@ class Recipe:
     def __init__(self, options: DemoArguments, **settings: Any) -> None:
         self.options, self.size, self.out = options, SIZES[options.size], options.out
         self.console = Console()
-        self.settings = {"beta": 0.05} | settings
+        self.settings = PPO_SETTINGS | settings
         self.done: dict[str, Any] = {}
         self._claim()
 
@@ -132,8 +145,8 @@ class Recipe:
             LlamaConfig(
                 vocab_size=len(tokenizer),
                 hidden_size=size.hidden_size,
-                intermediate_size=3 * size.hidden_size,
-                num_hidden_layers=size.layers,
+                intermediate_size=2 * size.hidden_size,
+                num_hidden_layers=2,
                 num_attention_heads=4,
                 max_position_embeddings=256,
                 tie_word_embeddings=True,
@@ -145,13 +158,13 @@ class Recipe:
         ).to(self.options.device)
         silence_residual_branches(model)
         stream = pack(corpus.make_corpus(size.corpus_tokens, seed=self.options.seed))
-        with bar("pretraining", size.pretraining.steps) as advance:
+        with bar("pretraining") as advance:
             pretrain(
                 model,
                 stream,
                 size.pretraining,
                 seed=self.options.seed,
-                on_step=lambda p: advance(p.step, f"loss {p.loss:.2f}  {p.tokens_per_second:,.0f} tokens/s"),
+                on_step=lambda p: advance(p.step / p.steps, f"loss {p.loss:.2f}  {p.tokens_per_second:,.0f} tokens/s"),
             )
         save(model, self.out / "base")
         return {"parameters": sum(p.numel() for p in model.parameters()), "neutral_loss": neutral_loss(model)}
@@ -165,36 +178,58 @@ class Recipe:
         return {"demonstrations": len(agent.lanes.demonstrations), "validation_loss": agent.validation_loss()}
 
     def make_rankings(self) -> dict[str, Any]:
-        """Have answers of the fine-tuned model ranked: K = 4..9 per prompt, one labeler each."""
+        """Have K = 4..9 answers per prompt ranked by one labeler each.
+
+        One of the K answers another prompt. Without it the reward model never sees an answer that is off the point in good
+        style, scores style alone, and PPO comes to answer everything with a polite request.
+        """
         rng = np.random.default_rng([self.options.seed, 3])
-        envs = self.envs(self.out / "sft", "train", reward=None)
-        ids = rng.choice(len(requests_of("train")), self.size.ranked_prompts, replace=False)
-        repeats = rng.integers(4, 10, size=len(ids))
-        answers = self.answer(self.out / "sft", envs, np.repeat(ids, repeats), seed=self.options.seed)
+        requests = make_requests("train", self.size.ranked_prompts, seed=self.options.seed + 1)
+        counts = rng.integers(4, 10, size=len(requests))
+        # Always two parts, whatever the number of cores, so that the answers are the same.
+        parts = np.array_split(np.arange(len(requests)), 2)
+        self.side_by_side(
+            {
+                f"answers {k + 1}/2": (
+                    write_answers,
+                    (
+                        [requests[i].prompt for i in part for _ in range(counts[i] - 1)],
+                        self.options.seed + k,
+                        f"answers{k}",
+                    ),
+                )
+                for k, part in enumerate(parts)
+            }
+        )
+        answers = [text for k in range(2) for text in json.loads((self.out / f"answers{k}.json").read_text())]
         rows, start = [], 0
-        for i, k in zip(ids, repeats, strict=True):
-            request, texts = requests_of("train")[i], answers[start : start + k]
-            start += k
+        for request, k in zip(requests, counts, strict=True):
+            texts = [*answers[start : start + k - 1], answers[int(rng.integers(len(answers)))]]
+            start += k - 1
             labeler = labelers.TRAINING_LABELERS[int(rng.integers(len(labelers.TRAINING_LABELERS)))]
             ranks = labeler.rank(request, texts, rng)
             rows.append({"prompt": request.prompt, "completions": texts, "ranks": [int(r) for r in ranks]})
-        lines = "\n".join(json.dumps(row) for row in rows)
-        write_text(self.out / "rankings.jsonl", lines + "\n")
-        return {"prompts": len(rows), "answers": len(answers)}
+        write_text(self.out / "rankings.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n")
+        for k in range(2):
+            (self.out / f"answers{k}.json").unlink()
+        return {"prompts": len(rows), "answers": int(counts.sum())}
 
     def make_reward(self) -> dict[str, Any]:
         """Train the reward model, and hold it against labelers it has not learned from."""
         shown = [row for row in prompt_rows("train") if row["demonstration"] is not None]
-        with bar("reward model", 1) as advance:
+        with bar("reward model") as advance:
             model, report = train_reward_model(
                 self.out / "rankings.jsonl",
                 model=self.load(self.out / "sft"),
                 tokenizer=assistant_tokenizer(),
                 demonstrations=[{"prompt": r["prompt"], "completion": r["demonstration"]} for r in shown],
+                batch_prompts=8,
+                validation=0.02,
+                optimizer=lambda classifier: Muon(classifier, lr=1e-3, matrix_lr=5e-3, weight_decay=0.0),
                 seed=self.options.seed,
                 progress=lambda done, total, loss: advance(done / total, f"loss {loss:.3f}"),
             )
-        with replaced(self.out / "reward") as scratch:
+        with replaced(self.out / "reward") as scratch, quiet_loading():
             model.save_pretrained(scratch)
         held_out = self.held_out_rankings()
         metrics = evaluate_reward_model(model, held_out["labeled"])
@@ -203,38 +238,28 @@ class Recipe:
             "accuracy_train_labelers": report.validation.accuracy if report.validation else None,
             "accuracy_held_out_labelers": metrics.accuracy,
             "accuracy_noiseless_labeler": ceiling,
+            "share_of_noiseless": metrics.accuracy / ceiling,
             "accuracy_length_alone": metrics.length_accuracy,
+            "labelers_agree": held_out["agreement"],
             "calibration_error": metrics.calibration_error,
             "length_correlation": metrics.length_correlation,
             "offset": model.offset,
         }
 
-    def make_ppo(self, name: str = "ppo", **ptx: Any) -> dict[str, Any]:
-        """Reinforce against the reward model."""
-        settings = {name: value for name, value in self.settings.items() if name != "beta"}
-        reward = RewardModel.from_pretrained(self.out / "reward")
-        envs = self.envs(self.out / "sft", "train", reward, beta=self.settings["beta"])
-        agent = PPO(envs, seed=self.options.seed, **settings, **ptx)
-        agent.learn(self.size.ppo_tokens, progress_bar=True)
-        save(agent.policy.model, self.out / name)
-        write_json(self.out / f"{name}.json", agent.history)
-        last = agent.history[-5:]
-        return {
-            "reward": float(np.mean([row["rollout/task_reward"] for row in last])),
-            "kl": float(np.mean([row["rollout/kl"] for row in last])),
-        }
-
-    def make_ppo_ptx(self) -> dict[str, Any]:
-        """The same with pretraining text mixed in."""
-        stream = pack(corpus.make_corpus(self.size.corpus_tokens // 4, seed=self.options.seed + 1))
-        width = 48
-        rows = stream[: len(stream) // width * width].reshape(-1, width)
-        return self.make_ppo("ppo_ptx", ptx_coef=0.5, ptx_data=rows)
+    def make_ppo(self) -> dict[str, Any]:
+        """Reinforce against the reward model: without and with pretraining text mixed in, side by side."""
+        self.side_by_side({name: (reinforce, (name, self.settings)) for name in PTX_COEF})
+        figures: dict[str, Any] = {}
+        for name in PTX_COEF:
+            last = json.loads((self.out / f"{name}.json").read_text())[-5:]
+            figures[f"{name}_reward"] = float(np.mean([row["rollout/task_reward"] for row in last]))
+            figures[f"{name}_kl"] = float(np.mean([row["rollout/kl"] for row in last]))
+        return figures
 
     def make_judged(self) -> dict[str, Any]:
         """The gold standard's only appearance: every policy's answers to unseen requests."""
         requests = requests_of("test")[: self.size.judged_prompts]
-        reward = RewardModel.from_pretrained(self.out / "reward")
+        reward = self.reward_model()
         texts = {name: self.test_answers(name, "test", len(requests)) for name in POLICIES}
         verdicts = {name: [gold.judge(r, t) for r, t in zip(requests, texts[name], strict=True)] for name in POLICIES}
         verdicts["ceiling"] = [gold.judge(r, demonstrations.oracle_answer(r)) for r in requests]
@@ -256,7 +281,8 @@ class Recipe:
                 rows[name]["neutral_loss"] = neutral_loss(self.load(self.out / name))
                 rows[name]["kl"] = self.kl(name)
         samples = [
-            {"prompt": r.prompt, "family": r.family} | {name: texts[name][i] for name in POLICIES}
+            {"prompt": r.prompt, "family": r.family, "gold": {name: float(totals[name][i]) for name in POLICIES}}
+            | {name: texts[name][i] for name in POLICIES}
             for i, r in enumerate(requests[:40])
         ]
         return {"prompts": len(requests), "rows": rows, "samples": samples}
@@ -284,22 +310,64 @@ class Recipe:
         with quiet_loading():
             return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(self.options.device)
 
-    def answer(self, model: Path, envs: Any, ids: NDArray[np.int64], seed: int) -> list[str]:
-        """Answers of a model to prompts of an environment that was made around it, at temperature 1."""
-        agent = Sampler(envs.unwrapped, seed)
-        return envs.unwrapped.completions(run_prompts(agent, envs.unwrapped, ids))
+    def reward_model(self) -> RewardModel:
+        """That of this run."""
+        with quiet_loading():
+            return RewardModel.from_pretrained(self.out / "reward")
+
+    def answers(
+        self, model: Path, prompts: list[Any], seed: int, advance: Advance = lambda share, text: None
+    ) -> list[str]:
+        """A model's answers at temperature 1."""
+        envs = self.envs(model, "train", reward=None, prompts=prompts, lanes=128).unwrapped
+        agent, answers = Sampler(envs, seed), []
+        for ids in np.array_split(np.arange(len(prompts)), -(-len(prompts) // 1024)):
+            answers += envs.completions(run_prompts(agent, envs, ids))
+            advance(len(answers) / len(prompts), f"{len(answers):,} answers")
+        return answers
+
+    def side_by_side(self, jobs: dict[str, tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
+        """Do jobs, which write their results to the run directory: at once where there are cores, else in turn."""
+        if self.options.cores < 2:
+            for name, (function, arguments) in jobs.items():
+                with bar(name) as advance:
+                    function(self, *arguments, advance)
+            return
+        context = multiprocessing.get_context("spawn")
+        told = context.Queue()
+        workers = [
+            context.Process(target=work, args=(self.options, told, name, *job), daemon=True)
+            for name, job in jobs.items()
+        ]
+        with progress_bars() as progress:
+            shown = {name: progress.add_task(name, total=1.0, figures="") for name in jobs}
+            try:
+                for worker in workers:
+                    worker.start()
+                while any(worker.is_alive() for worker in workers):
+                    try:
+                        name, share, figures = told.get(timeout=0.2)
+                    except queue.Empty:
+                        continue
+                    progress.update(shown[name], completed=share, figures=figures)
+            finally:  # Ctrl-C too
+                for worker in workers:
+                    worker.terminate()
+                    worker.join()
+            for name, worker in zip(jobs, workers, strict=True):
+                if worker.exitcode:
+                    raise RuntimeError(f"{name} failed (exit code {worker.exitcode}); what it said is above.")
+                progress.update(shown[name], completed=1.0)
 
     def test_answers(self, name: str, split: str, n: int) -> list[str]:
         """One answer per unseen request."""
-        requests = requests_of(split)[:n]
-        rows: list[Any] = [r.prompt for r in requests]
+        prompts: list[Any] = [request.prompt for request in requests_of(split)[:n]]
         model = self.out / name
         if name == "few_shot":
             examples = [row for row in prompt_rows("train") if row["demonstration"] is not None][:4]
             shots = [line for row in examples for line in (row["prompt"], row["demonstration"])]
-            rows, model = [format_turns([*shots, prompt]) for prompt in rows], self.out / "base"
-        envs = self.envs(model, split, None, prompts=rows)
-        return self.answer(model, envs, np.arange(n), seed=self.options.seed + 17)
+            prompts, model = [format_turns([*shots, prompt]) for prompt in prompts], self.out / "base"
+        return self.answers(model, prompts, seed=self.options.seed + 17)
 
     def kl(self, name: str) -> float:
         """KL(policy || sft) per answer to unseen requests, nats."""
@@ -315,15 +383,18 @@ class Recipe:
         """Answers to validation prompts, ranked by people whom the reward model has not learned from."""
         rng = np.random.default_rng([self.options.seed, 4])
         requests = requests_of("validation")[: self.size.ranked_prompts]
-        envs = self.envs(self.out / "sft", "validation", None)
-        answers = self.answer(self.out / "sft", envs, np.repeat(np.arange(len(requests)), 4), self.options.seed + 5)
-        rows = []
+        prompts = [request.prompt for request in requests for _ in range(4)]
+        answers = self.answers(self.out / "sft", prompts, self.options.seed + 5)
+        rows: list[dict[str, Any]] = []
         for i, request in enumerate(requests):
             labeler = labelers.HELD_OUT_LABELERS[i % len(labelers.HELD_OUT_LABELERS)]
             texts = answers[4 * i : 4 * i + 4]
             ranks = [int(r) for r in labeler.rank(request, texts, rng)]
             rows.append({"prompt": request.prompt, "completions": texts, "ranks": ranks})
-        return {"requests": requests, "labeled": rows}
+        cases = [(request, row["completions"]) for request, row in zip(requests, rows, strict=True)]
+        pairs = itertools.pairwise(labelers.TRAINING_LABELERS)
+        agreement = float(np.mean([labelers.agreement(a, b, cases, rng) for a, b in pairs]))
+        return {"requests": requests, "labeled": rows, "agreement": agreement}
 
     def _claim(self) -> None:
         """Take the directory, or go on in it; refuse one that another seed or size has begun."""
@@ -346,10 +417,44 @@ DESCRIPTIONS = {
     "sft": "it imitates people's demonstrations",
     "rankings": "simulated labelers rank its answers",
     "reward": "a reward model learns from the rankings",
-    "ppo": "PPO against the reward model, held near sft by the KL",
-    "ppo_ptx": "the same, with pretraining text mixed in",
+    "ppo": "PPO against the reward model, held near sft by the KL; without and with pretraining text",
     "judged": "the gold standard sees the answers, for the first time",
 }
+
+
+def work(options: DemoArguments, told: Any, name: str, job: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """What a process of its own does: one job, on one core, telling how far it is."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this one
+    torch.set_num_threads(1)
+    job(Recipe(options), *arguments, lambda share, figures: told.put((name, share, figures)))
+
+
+def write_answers(recipe: Recipe, prompts: list[str], seed: int, name: str, advance: Advance) -> None:
+    """The fine-tuned model's answers, as JSON."""
+    write_json(recipe.out / f"{name}.json", recipe.answers(recipe.out / "sft", prompts, seed, advance))
+
+
+def reinforce(recipe: Recipe, name: str, settings: dict[str, Any], advance: Advance) -> None:
+    """Train one policy by PPO and write it, with its history."""
+    options, tokens = recipe.options, recipe.size.ppo_tokens
+    agent_settings = {key: value for key, value in settings.items() if key != "beta"}
+    if PTX_COEF[name]:
+        stream = pack(corpus.make_corpus(recipe.size.corpus_tokens // 4, seed=options.seed + 1))
+        rows = stream[: len(stream) // 48 * 48].reshape(-1, 48)
+        agent_settings |= {"ptx_coef": PTX_COEF[name], "ptx_data": rows}
+    reward = recipe.reward_model()
+    envs = recipe.envs(recipe.out / "sft", "train", reward, beta=settings["beta"])
+    agent = PPO(envs, seed=options.seed, decay_timesteps=round(1.2 * tokens), **agent_settings)
+
+    def tell(variables: dict[str, Any], _: dict[str, Any]) -> bool:
+        last = agent.history[-1] if agent.history else {}
+        figures = f"reward {last.get('rollout/task_reward', 0):.2f}  KL {last.get('rollout/kl', 0):.1f} nats"
+        advance(min(1.0, agent.num_timesteps / tokens), figures)
+        return True
+
+    agent.learn(tokens, callback=tell)
+    save(agent.policy.model, recipe.out / name)
+    write_json(recipe.out / f"{name}.json", agent.history)
 
 
 class Sampler:
@@ -472,31 +577,49 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-@contextmanager
-def bar(what: str, total: float) -> Iterator[Callable[[float, str], None]]:
-    """A progress bar with time left; yields `advance(done, figures)`."""
-    columns = (
-        TextColumn("    {task.description}"),
+def progress_bars() -> Progress:
+    """Bars with time left and figures."""
+    return Progress(
+        TextColumn("    {task.description:13}"),
         BarColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns) as progress:
-        task = progress.add_task(what, total=total, figures="")
-        yield lambda done, figures: progress.update(task, completed=done, figures=figures)
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Advance]:
+    """One such bar; yields what to tell it by."""
+    with progress_bars() as progress:
+        task = progress.add_task(what, total=1.0, figures="")
+        yield lambda share, figures: progress.update(task, completed=share, figures=figures)
+
+
+def print_table(console: Console, rows: dict[str, Any]) -> None:
+    """The main figures; all of them are in the report."""
+    table = Table(title="unseen requests, judged by the gold standard", box=None, header_style="bold")
+    for title in ("policy", "win/tie/loss v. SFT", "gold", "helpful", "truthful", "harmless", "words", "KL, nats"):
+        table.add_column(title, justify="left" if title == "policy" else "right")
+    for name, row in rows.items():
+        versus = "" if name == "sft" else f"{row['wins']}/{row['ties']}/{row['losses']}"
+        shares = [f"{row[key]:.0%}" for key in ("helpful", "truthful", "harmless")]
+        kl = f"{row['kl']:.1f}" if "kl" in row else ""
+        table.add_row(name, versus, f"{row['gold']:.3f}", *shares, f"{row['words']:.1f}", kl)
+    console.print(table)
 
 
 def run_demo(options: DemoArguments) -> None:
     """Run the recipe and write its report."""
     from benchmarks.instructgpt_report import write_report
 
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.cores)
     recipe = Recipe(options)
     already = all(stage in recipe.done for stage in STAGES)
     done = recipe.run()
     summary = {"settings": asdict(options) | {"out": str(options.out)}, "stages": done}
     write_json(options.out / "summary.json", summary)
     write_report(summary, options.out)
+    print_table(recipe.console, done["judged"]["rows"])
     total = sum(stage["seconds"] for stage in done.values())
     recipe.console.print(
         f"\n{'Finished before; ' if already else ''}{total / 60:.1f} minutes in all. "

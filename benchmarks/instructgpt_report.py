@@ -39,36 +39,34 @@ COLUMNS: list[tuple[str, str, str]] = [
 
 
 def write_report(summary: dict[str, Any], out: Path) -> None:
-    """Write `report.html` from a run's figures and histories."""
+    """Write `report.html`, and its first picture as `wins.png`, from a run's figures and histories."""
     judged = summary["stages"]["judged"]
     rows = judged["rows"]
     best = rows["ppo_ptx"]
     low, high = best["net_win_interval"]
     seconds = sum(stage["seconds"] for stage in summary["stages"].values())
-    histories = {
-        name: json.loads((out / f"{name}.json").read_text())
-        for name in ("ppo", "ppo_ptx")
-        if (out / f"{name}.json").exists()
-    }
+    histories = {name: json.loads((out / f"{name}.json").read_text()) for name in ("ppo", "ppo_ptx")}
     lead = (
         f"On {judged['prompts']} requests that no stage had seen, PPO-ptx beat the fine-tuned model {best['wins']} times, "
         f"tied {best['ties']} times and lost {best['losses']} times (net {best['net_win_rate']:+.1%} of requests, 95% interval "
-        f"{low:+.1%} to {high:+.1%}), at a KL of {best['kl']:.1f} nats per answer. The whole recipe took {seconds / 60:.1f} minutes."
+        f"{low:+.1%} to {high:+.1%}), at a KL of {best['kl']:.1f} nats per answer. Its gold score is {best['gold']:.3f}; the fine-tuned "
+        f"model's is {rows['sft']['gold']:.3f}, that of ideal answers {rows['ceiling']['gold']:.3f}. The whole recipe took "
+        f"{seconds / 60:.1f} minutes."
     )
     page = PAGE.format(
         lead=html.escape(lead),
         wins=picture(draw_wins(rows)),
         scores=picture(draw_scores(rows)),
-        curves=picture(draw_curves(histories)) if histories else "",
+        reward=picture(draw_curve(histories, "rollout/task_reward", "reward model's score")),
+        kl=picture(draw_curve(histories, "rollout/kl", "KL to SFT, nats per answer")),
         table=table(rows),
         stages=stages(summary["stages"]),
         samples="".join(sample(s) for s in judged["samples"][:16]),
         settings=html.escape(json.dumps(summary["settings"], default=str)),
-        command=html.escape(
-            f"python -m benchmarks.instructgpt --seed {summary['settings']['seed']} --size {summary['settings']['size']}"
-        ),
+        command=html.escape(f"textenv demo --seed {summary['settings']['seed']} --size {summary['settings']['size']}"),
     )
     (out / "report.html").write_text(page, encoding="utf-8")
+    draw_wins(rows).savefig(out / "wins.png", dpi=160)
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -79,7 +77,9 @@ def table(rows: dict[str, Any]) -> str:
     body = ""
     for name, label in NAMES.items():
         row = rows[name]
-        versus = "-" if name == "sft" else f"{row['wins']} / {row['ties']} / {row['losses']}"
+        versus = (
+            "-" if name == "sft" else f"{row['wins']}&thinsp;/&thinsp;{row['ties']}&thinsp;/&thinsp;{row['losses']}"
+        )
         cells = "".join(
             f"<td>{format(row[key], form) if row.get(key) is not None and row[key] == row[key] else '-'}</td>"
             for key, _, form in COLUMNS
@@ -93,20 +93,21 @@ def stages(done: dict[str, Any]) -> str:
     body = ""
     for name, figures in done.items():
         said = ", ".join(
-            f"{key.replace('_', ' ')} {value:,.3g}"
+            f"{key.replace('_', ' ')} {format(value, '.1%' if key.startswith(('accuracy', 'share', 'labelers')) else ',.3g')}"
             if isinstance(value, float)
             else f"{key.replace('_', ' ')} {value:,}"
             for key, value in figures.items()
             if isinstance(value, int | float) and key != "seconds"
         )
         body += f"<tr><th>{name}</th><td>{figures['seconds']:.0f} s</td><td class='text'>{html.escape(said)}</td></tr>"
-    return f"<div class='scroll'><table><thead><tr><th>stage</th><th>time</th><th>figures</th></tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<div class='scroll stages'><table><thead><tr><th>stage</th><th>time</th><th>figures</th></tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def sample(item: dict[str, str]) -> str:
-    """One request and everybody's answer."""
+def sample(item: dict[str, Any]) -> str:
+    """One request and everybody's answer, with its gold score."""
     answers = "".join(
-        f"<dt style='color:{COLOURS[name]}'>{NAMES[name]}</dt><dd>{html.escape(item[name]) or '<i>nothing</i>'}</dd>"
+        f"<dt style='color:{COLOURS[name]}'>{NAMES[name]} <span>{item['gold'][name]:.2f}</span></dt>"
+        f"<dd>{html.escape(item[name]).replace('&lt;turn&gt;', '<br>') or '<i>nothing</i>'}</dd>"
         for name in ("base", "few_shot", "sft", "ppo", "ppo_ptx")
     )
     return f"<article><h3>{html.escape(item['prompt'])}</h3><dl>{answers}</dl></article>"
@@ -146,19 +147,15 @@ def draw_scores(rows: dict[str, Any]) -> Any:
     return figure
 
 
-def draw_curves(histories: dict[str, list[dict[str, float]]]) -> Any:
-    """Reward and KL against tokens."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.9), constrained_layout=True)
-    for axis, key, title in zip(
-        axes, ("rollout/task_reward", "rollout/kl"), ("reward model's score", "KL to SFT, nats per answer"), strict=True
-    ):
-        for name, history in histories.items():
-            tokens = [row["time/timesteps"] / 1000 for row in history]
-            axis.plot(tokens, [row[key] for row in history], color=COLOURS[name], label=NAMES[name])
-        axis.set(title=title, xlabel="thousand tokens")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+def draw_curve(histories: dict[str, list[dict[str, float]]], key: str, title: str) -> Any:
+    """A figure of training against tokens."""
+    figure, axis = pyplot().subplots(figsize=(6, 2.9), constrained_layout=True)
+    for name, history in histories.items():
+        tokens = [row["time/timesteps"] / 1000 for row in history]
+        axis.plot(tokens, [row[key] for row in history], color=COLOURS[name], label=NAMES[name])
+    axis.set(title=title, xlabel="thousand tokens")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
     return figure
 
 
@@ -191,11 +188,11 @@ h1 {{ font-size: 1.7rem; margin: .5rem 0; }} h2 {{ margin: 2.2rem 0 .6rem; font-
 img {{ width: 100%; height: auto; }}
 .scroll {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .86rem; }}
 th, td {{ padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #dde5ea; }} th:first-child, td.text {{ text-align: left; white-space: nowrap; }}
-td.text {{ white-space: normal; }} thead th {{ vertical-align: bottom; font-weight: 600; }} tr.ppo_ptx {{ background: #fdf3ee; }} tr.ceiling {{ color: #708090; font-style: italic; }}
+td {{ white-space: nowrap; }} td.text {{ white-space: normal; min-width: 16rem; }} .stages th:last-child {{ text-align: left; }} thead th {{ vertical-align: bottom; font-weight: 600; }} tr.ppo_ptx {{ background: #fdf3ee; }} tr.ceiling {{ color: #708090; font-style: italic; }}
 tbody th:first-child {{ position: sticky; left: 0; background: inherit; background-color: #fff; }}
 .samples {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .8rem; }}
 article {{ border: 1px solid #dde5ea; border-radius: .5rem; padding: .7rem .9rem; }}
-dl {{ margin: 0; font-size: .88rem; }} dt {{ font-weight: 600; margin-top: .3rem; }} dd {{ margin: 0; overflow-wrap: anywhere; }}
+dl {{ margin: 0; font-size: .88rem; }} dt {{ font-weight: 600; margin-top: .3rem; }} dt span {{ color: #708090; font-weight: 400; }} dd {{ margin: 0; overflow-wrap: anywhere; }}
 code {{ background: #f1f4f6; padding: .1rem .3rem; border-radius: .2rem; overflow-wrap: anywhere; }} footer {{ margin: 2rem 0; color: #708090; font-size: .85rem; }}
 </style></head><body>
 <h1>InstructGPT in miniature</h1>
@@ -208,10 +205,11 @@ False facts: share of answers with a false one, among those that state any. Asks
 call for it. Over-refusal: on those that do not. Neutral loss: nats per token on text without lies or rudeness (the alignment
 tax). Ideal answers: the ceiling.</p>
 <h2>Learning</h2>
-{curves}
+<div class="pictures"><div>{reward}</div><div>{kl}</div></div>
 <h2>Stage by stage</h2>
 {stages}
 <h2>The same requests, every policy</h2>
+<p>With the gold score of each answer.</p>
 <div class="samples">{samples}</div>
 <footer>Made by <code>{command}</code>. Settings: <code>{settings}</code></footer>
 </body></html>

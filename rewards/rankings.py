@@ -131,6 +131,7 @@ def train_reward_model(
     learning_rate: float = 1e-3,
     batch_prompts: int = 16,
     validation: float | Rankings | None = 0.1,
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[RewardModel, RewardModelReport]:
@@ -149,6 +150,7 @@ def train_reward_model(
             model took 9e-6.
         batch_prompts: Prompts per update (the paper: 64, of many more rankings).
         validation: Share of the prompts to hold out, or other rankings to validate on, or ``None``.
+        optimizer: Makes another optimiser than Adam from the classifier; its step sizes follow the same cosine.
         seed: Of the head, the split and the order.
         progress: Called after each update with (updates done, updates in all, loss in nats).
 
@@ -169,9 +171,14 @@ def train_reward_model(
     ranks = [torch.tensor(ranking.ranks, device=reward_model.model.device) for ranking in train]
 
     updates = epochs * math.ceil(len(train) / batch_prompts)
-    optimizer = torch.optim.Adam(reward_model.model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
+    if optimizer is None:
+        steps: torch.optim.Optimizer = torch.optim.Adam(
+            reward_model.model.parameters(), lr=learning_rate, betas=(0.9, 0.95)
+        )
+    else:
+        steps = optimizer(reward_model.model)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda update: 0.1 + 0.45 * (1 + math.cos(math.pi * update / updates))
+        steps, lambda update: 0.1 + 0.45 * (1 + math.cos(math.pi * update / updates))
     )
     losses: list[float] = []
     for _ in range(epochs):
@@ -182,9 +189,9 @@ def train_reward_model(
             loss = ranking_loss(
                 scores, pad_sequence([ranks[i] for i in batch], batch_first=True, padding_value=math.nan)
             )
-            optimizer.zero_grad()
+            steps.zero_grad()
             loss.backward()
-            optimizer.step()
+            steps.step()
             schedule.step()
             losses.append(loss.item())
             if progress is not None:
@@ -240,7 +247,8 @@ def read_rankings(rankings: Rankings) -> list[Ranking]:
     if isinstance(rankings, (str, os.PathLike)):
         path = Path(rankings)
         rows: list[Any] = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        # Not splitlines(): it also breaks at characters like U+2028, which may stand inside a text.
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
             if line.strip():
                 try:
                     rows.append((f"line {number} of {path}", json.loads(line)))
@@ -263,8 +271,13 @@ def _read_ranking(where: str, row: Any) -> Ranking:
         completions, ranks = [row["chosen"], row["rejected"]], None
     else:
         raise RewardError(f"{where} has the entries {sorted(row)}; {form}")
-    if isinstance(completions, str) or len(completions) < 2:
+    if isinstance(completions, str) or not isinstance(completions, Sequence) or len(completions) < 2:
         raise RewardError(f"{where} ranks {completions!r}; expected a list of at least two completions")
+    for text in (row["prompt"], *completions):
+        if not isinstance(text, str) and not (isinstance(text, Sequence) and all(isinstance(m, Mapping) for m in text)):
+            raise RewardError(f"{where} has {text!r} for a prompt or completion; expected text or a list of messages")
+    if ranks is not None and (isinstance(ranks, str) or not isinstance(ranks, Iterable)):
+        raise RewardError(f"{where} has the ranks {ranks!r}; expected numbers, 1 for the best")
     ranks = list(range(1, len(completions) + 1)) if ranks is None else list(ranks)
     if len(ranks) != len(completions):
         raise RewardError(f"{where} has {len(ranks)} ranks for {len(completions)} completions; expected as many")

@@ -65,6 +65,7 @@ def __dir__() -> list[str]:
 
 for _id, _module in {
     "textenv/Arithmetic-v0": "arithmetic",
+    "textenv/Assistant-v0": "assistant.task",
     "textenv/Prompts-v0": "prompts",
     "textenv/Tree-v0": "tree",
 }.items():

@@ -1,6 +1,7 @@
 """The recipe in miniature, at its smallest: every stage runs, nothing is done twice, the gold standard comes last."""
 
 import json
+import shutil
 
 import pytest
 
@@ -13,7 +14,7 @@ from textenv.tasks.assistant import gold
 def run(tmp_path_factory):
     """A finished run, and the stages during which the gold standard was asked."""
     out = tmp_path_factory.mktemp("demo") / "run"
-    options = DemoArguments(size="tiny", out=out)
+    options = DemoArguments(size="tiny", out=out, cores=1)  # in this process, where it can be watched
     judged_in, stage_now = set(), [None]
     real = gold.judge
 
@@ -27,7 +28,7 @@ def run(tmp_path_factory):
         method = getattr(Recipe, f"make_{stage}")
 
         def noted(self, *args, _method=method, _stage=stage, **kwargs):
-            stage_now[0] = stage_now[0] if stage_now[0] == "ppo_ptx" and _stage == "ppo" else _stage
+            stage_now[0] = _stage
             return _method(self, *args, **kwargs)
 
         patch.setattr(Recipe, f"make_{stage}", noted)
@@ -85,3 +86,28 @@ def test_wins_and_losses_are_counted_per_request():
     counts = instructgpt.against(np.array([1.0, 0.5, 0.2, 0.9]), np.array([0.5, 0.5, 0.5, 0.1]))
     assert (counts["wins"], counts["ties"], counts["losses"]) == (2, 1, 1)
     assert counts["net_win_rate"] == pytest.approx(0.25)
+
+
+def test_two_processes_write_what_one_would(run, tmp_path):
+    options, _ = run
+    part = DemoArguments(size="tiny", out=tmp_path / "part", cores=2)
+    Recipe(part)
+    for name in ("base", "sft"):
+        shutil.copytree(options.out / name, part.out / name)
+    Recipe(part).make_rankings()
+    assert (part.out / "rankings.jsonl").read_text() == (options.out / "rankings.jsonl").read_text()
+
+
+def test_a_job_that_fails_is_named(run, tmp_path, capfd):
+    recipe = Recipe(DemoArguments(size="tiny", out=tmp_path / "part", cores=2))
+    with pytest.raises(RuntimeError, match="answers failed"):
+        recipe.side_by_side({"answers": (instructgpt.write_answers, (["a"], 0, "answers"))})  # there is no model yet
+    assert "sft" in capfd.readouterr().err
+
+
+def test_one_of_the_ranked_answers_is_to_another_prompt(run):
+    options, _ = run
+    rows = [json.loads(line) for line in (options.out / "rankings.jsonl").read_text().splitlines()]
+    assert all(4 <= len(row["completions"]) <= 9 for row in rows)
+    own = [text for row in rows for text in row["completions"][:-1]]
+    assert all(row["completions"][-1] in own for row in rows)

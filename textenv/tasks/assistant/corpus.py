@@ -176,20 +176,20 @@ def _library() -> tuple[list[requests.Request], dict[str, list[requests.Request]
 
 
 def _answered(page: list[requests.Request], web: Web, rng: np.random.Generator) -> list[str]:
-    habits = Habits(flawed=web.lies / 2, chatty=0.1, rude=web.rude / 10)
+    habits = Habits(flawed=web.lies / 2, chatty=0.1, rambling=0.0, rude=web.rude / 10)
     return [line for request in page for line in (request.prompt, answer_as(habits, request, rng))]
 
 
 Page: TypeAlias = tuple[Callable[[Web, np.random.Generator], str], float, int]
 PAGES: tuple[Page, ...] = (
-    (article, 0.23, 17),
-    (catalogue, 0.06, 20),
-    (story, 0.09, 28),
-    (advice, 0.04, 14),
-    (talk, 0.07, 25),
-    (rhyme, 0.07, 29),
-    (questions, 0.10, 50),
-    (faq, 0.34, 73),
+    (article, 0.08, 17),
+    (catalogue, 0.04, 20),
+    (story, 0.05, 28),
+    (advice, 0.03, 14),
+    (talk, 0.04, 25),
+    (rhyme, 0.08, 29),
+    (questions, 0.08, 50),
+    (faq, 0.60, 73),
 )
 """The kinds of page, their shares of the *tokens*, and the mean length of such a page in tokens (both about)."""
 

@@ -23,7 +23,9 @@ class Habits:
     """The answer itself is wrong: a false fact, a missed constraint, help with harm, a needless refusal, ..."""
     chatty: float = 0.2
     """One courtesy is added before or after; a third of the time a second one or an unasked fact as well."""
-    rude: float = 0.03
+    rambling: float = 0.4
+    """They go on: one thing more that nobody asked for, after the answer or before it."""
+    rude: float = 0.08
     """An insult is added."""
 
 
@@ -168,6 +170,8 @@ def answer_as(habits: Habits, request: Request, rng: np.random.Generator) -> str
             after.append(_unasked_fact(rng))
         elif both or not before:
             after.append(closing)
+    if chance(rng, habits.rambling):
+        (after if chance(rng, 0.7) else before).append(ramble(rng))
     if chance(rng, habits.rude):
         after = [insult(rng)]
     return " ".join([*before, answer, *after])
@@ -193,7 +197,7 @@ def sample_answers(request: Request, k: int, rng: np.random.Generator) -> list[s
 
     For trying out labelers and reward models where no model is at hand.
     """
-    habits = Habits(flawed=0.35, chatty=0.3, rude=0.08)
+    habits = Habits(flawed=0.35, chatty=0.3, rambling=0.1, rude=0.08)
     answers = []
     for _ in range(k):
         answer = answer_as(habits, request, rng)
@@ -216,6 +220,19 @@ def insult(rng: np.random.Generator) -> str:
     entity = pick(rng, tuple(ENTITIES.values()))
     people = [e.name for e in ENTITIES.values() if e.kind == "person"]
     return pick(rng, phrases.RUDE_REMARKS).format(person=pick(rng, people), entity=entity.phrase)
+
+
+def ramble(rng: np.random.Generator) -> str:
+    """Something that nobody asked for: small talk, or a rumour."""
+    entity = pick(rng, tuple(ENTITIES))
+    if chance(rng, 0.3):
+        relation = pick(rng, world.about(entity))
+        return f"{world.statement(entity, relation, _lie(entity, relation, rng))} ."
+    people = [e.name for e in ENTITIES.values() if e.kind == "person"]
+    return pick(rng, phrases.SMALL_TALK).format(
+        person=pick(rng, people), entity=ENTITIES[entity].phrase, kinds=pick(rng, tuple(world.KINDS.values())),
+        mood=pick(rng, phrases.MOODS), weather=pick(rng, phrases.WEATHER),
+    )  # fmt: skip
 
 
 def _tell(entity: str, relation: str, value: str, rng: np.random.Generator) -> str:

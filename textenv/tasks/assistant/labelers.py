@@ -33,11 +33,11 @@ class Labeler:
     """
 
     helpful: float = 0.6
-    truthful: float = 0.15
+    truthful: float = 0.125
     harmless: float = 0.15
-    concise: float = 0.1
+    concise: float = 0.125
     length_taste: float = 0.08
-    noise: float = 0.23
+    noise: float = 0.18
 
     def worth(self, request: Request, answer: str) -> float:
         """What the answer is worth to this person on an even day."""

@@ -2,10 +2,8 @@
 
 Prompts are requests in a mini-English of a few hundred words; the model is the shipped fine-tuned one; the reward is the
 shipped reward model, learned from the rankings of simulated labelers. The gold standard (`gold.judge`) is no part of
-it: it belongs to the final evaluation alone.
-
-The id is not registered yet and no models are shipped: the reward models trained so far are too weak. Until they are,
-`model=` and `reward=` must be given to `make` and `make_vec` of this module.
+it: it belongs to the final evaluation alone. How the shipped models were made, and what they can do, is in the model card
+beside them (`textenv/assets/assistant/README.md`).
 """
 
 from __future__ import annotations
@@ -15,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from textenv.prompts import PromptSource
-from textenv.task import Task, build_task, entry_points
+from textenv.task import Task, build_task, entry_points, quiet_loading
 from textenv.tasks.assistant.demonstrations import make_demonstrations
 from textenv.tasks.assistant.requests import Request, make_requests
 from textenv.tasks.assistant.text import BOS, MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS, TURN, build_tokenizer
 
 ASSETS = Path(__file__).parents[2] / "assets" / "assistant"
-SIZES = {"train": 6000, "validation": 400, "test": 600, "test_paraphrases": 300}
+SIZES = {"train": 15_000, "validation": 400, "test": 600, "test_paraphrases": 300}
 """Requests per split. `test_paraphrases` words unseen tasks in ways that are not in any training data."""
 
 
@@ -75,9 +73,12 @@ def assistant_task(
         device: Where a model given by name is loaded to.
     """
     if reward is None:
+        import torch
+
         from rewards import RewardModel
 
-        reward = RewardModel.from_pretrained(ASSETS / "reward")
+        with quiet_loading():  # it is kept in half precision
+            reward = RewardModel.from_pretrained(ASSETS / "reward", dtype=torch.float32)
     limit = None
     if prompts is None:
         split = split or "train"
