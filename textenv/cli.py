@@ -10,24 +10,56 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
+import re
+import shutil
 import signal
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
-from textenv.prompts import did_you_mean
+from textenv.prompts import choose_split, did_you_mean, load_splits
 
-RUN_FILE, CHECKPOINT = "run.json", "checkpoint"
+RUN_FILE, CHECKPOINT, POLICY, REPORT_FILE = "run.json", "checkpoint", "policy", "report.json"
 NOT_REMEMBERED = ("out", "resume")
+PATHS = ("model", "prompts", "reward")
+REWARD_MODEL = "RewardModel"
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C has stopped
 
 
 class UsageError(Exception):
     """Something the user can mend; shown without a traceback."""
+
+
+def whole_number(text: str) -> int:
+    """`1000`, `1_000` or `1e3`."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():
+        raise ValueError(f"expected a whole number such as 1000 or 1e3, got {text!r}")
+    return int(text) if re.fullmatch(r"[-+]?[\d_]+", text) else int(number)
+
+
+Count: TypeAlias = Annotated[
+    int,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: whole_number(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -35,11 +67,11 @@ class EnvArguments:
     """Where and what to generate."""
 
     model: str | None = None
-    """Hub name or directory of the reference model (default: the environment's own)."""
+    """Hub name or directory of the reference model, or a finished run, whose policy it is (default: the environment's own)."""
     prompts: str | None = None
     """A .jsonl, .json, .csv or .txt file, or a directory with one per split."""
     reward: str | None = None
-    """Your reward function: `file.py:function` or `module:function`."""
+    """Your reward function, `file.py:function` or `module:function`; or the directory of a reward model."""
     split: str | None = None
     """Of the prompts."""
     beta: float | None = None
@@ -59,8 +91,8 @@ class EnvArguments:
             if f.name not in ("env_arg", "reward")
         }
         keywords = {name: value for name, value in given.items() if value is not None}
-        if self.reward is not None:
-            keywords["reward"] = load_object(self.reward, "--reward")
+        if self.model is not None:
+            keywords["model"] = policy_of(self.model)
         for item in self.env_arg:
             name, equals, value = item.partition("=")
             if not equals:
@@ -69,6 +101,8 @@ class EnvArguments:
                 keywords[name] = json.loads(value)
             except json.JSONDecodeError:
                 keywords[name] = value
+        if self.reward is not None:
+            keywords["reward"] = load_reward(self.reward, keywords.get("device"))
         return keywords
 
 
@@ -76,8 +110,8 @@ class EnvArguments:
 class TrainArguments(EnvArguments):
     """How long and where to."""
 
-    total_timesteps: int = 100_000
-    """Tokens to sample."""
+    total_timesteps: Count = 100_000
+    """Tokens to sample (SFT: to imitate)."""
     num_envs: int = 64
     """Lanes."""
     seed: int = 0
@@ -95,7 +129,10 @@ class TrainArguments(EnvArguments):
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Train an agent in an environment: `textenv train PPO textenv/Arithmetic-v0`."""
+    """Train an agent in an environment: `textenv train PPO textenv/Arithmetic-v0`; or a reward model on rankings."""
+    if arguments and arguments[0] == REWARD_MODEL:
+        train_reward(arguments[1:])
+        return
     names, flags = _positional(arguments, 2, "textenv train AGENT ENV [flags]", TrainArguments)
     agent_class = load_agent(names[0])
     config_class: type[Any] = getattr(agent_class, "Config", None) or NoConfig
@@ -107,7 +144,7 @@ def train(arguments: Sequence[str]) -> None:
     program = f"textenv train {names[0]} {names[1]}"
     with usage_errors():
         command: Any = tyro.cli(command_class, args=flags, prog=program, description=_summary(agent_class))
-    options, config = command.train, command.config
+    options, config = with_absolute_paths(command.train), command.config
     out = options.out or Path("runs") / f"{agent_class.__name__}-{names[1].split('/')[-1]}-seed{options.seed}"
     checkpoint = out / CHECKPOINT
     if options.total_timesteps < 1:
@@ -147,15 +184,135 @@ def train(arguments: Sequence[str]) -> None:
             agent.save(checkpoint)
         except KeyboardInterrupt:
             where = f"the last checkpoint is {checkpoint}. {go_on}" if checkpoint.exists() else "nothing was saved."
-            sys.exit(f"textenv: stopped at once; {where}")
+            print(f"textenv: stopped at once; {where}", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         finally:
             agent.logger.close()
     if interruption.asked:
         print(f"Interrupted; the last finished update is in {checkpoint}.\n{go_on}")
-    else:
-        last = {name: value for name, value in agent.history[-1].items() if name.startswith("rollout/")}
-        print("  ".join(f"{name.removeprefix('rollout/')} {value:.3g}" for name, value in last.items()))
-        print(f"Saved in {checkpoint}; the curves are in {out / 'progress.csv'}.")
+        sys.exit(INTERRUPTED)
+    sampled = any(name.startswith("rollout/") for name in agent.history[-1])  # imitation has no rollouts
+    last = {name: value for name, value in agent.history[-1].items() if sampled == name.startswith("rollout/")}
+    print("  ".join(f"{name.split('/')[1]} {value:.3g}" for name, value in last.items() if "time/" not in name))
+    print(f"Saved in {checkpoint}; the curves are in {out / 'progress.csv'}.")
+
+
+@dataclass(frozen=True)
+class RewardModelArguments:
+    """What to learn from."""
+
+    rankings: str
+    """A .jsonl file, one ranking per line: {prompt, chosen, rejected}, or {prompt, completions} from best to worst, or
+    {prompt, completions, ranks} with 1 the best and ties allowed."""
+    model: str
+    """What to start from: a language model by hub name or directory, or a finished run, whose policy it is."""
+    out: Path = Path("runs/reward")
+    """Where the reward model and report.json go."""
+    demonstrations: str | None = None
+    """Prompts with a `demonstration`, which shall score 0 on average (default: the ranked completions shall)."""
+    validation: str = "0.1"
+    """Share of the prompts to hold out, or a .jsonl file of other rankings to validate on."""
+    epochs: int = 1
+    """Passes over the rankings. More than one soon overfits."""
+    learning_rate: float = 1e-3
+    """Adam's first step size. The default suits models of up to a few million parameters; larger ones need less."""
+    batch_prompts: int = 16
+    """Prompts per update."""
+    seed: int = 0
+    """Of the new head, the prompts held out and the order."""
+    threads: int | None = None
+    """CPU threads of torch (default: torch's own choice)."""
+
+
+def train_reward(flags: Sequence[str]) -> None:
+    """Train a reward model on rankings of completions (InstructGPT's loss: all pairs of a prompt at once)."""
+    program = f"textenv train {REWARD_MODEL}"
+    if flags and not flags[0].startswith("-"):
+        raise UsageError(f"Expected {program} [flags]: it learns from --rankings, in no environment; got {flags[0]!r}.")
+    options = tyro.cli(RewardModelArguments, args=list(flags), prog=program, description=_summary(train_reward))
+    for name, value in {"epochs": options.epochs, "batch-prompts": options.batch_prompts}.items():
+        if value < 1:
+            raise UsageError(f"Expected --{name} >= 1, got {value}.")
+    if not options.learning_rate > 0:
+        raise UsageError(f"Expected --learning-rate > 0, got {options.learning_rate}.")
+    _existing_file(options.rankings, "--rankings")
+    try:
+        validation: float | str = float(options.validation)
+    except ValueError:
+        _existing_file(options.validation, "--validation")
+        validation = options.validation
+    if options.out.exists() and (options.out.is_file() or any(options.out.iterdir())):
+        raise UsageError(f"{options.out} exists already: remove it, or choose another --out.")
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from rewards import train_reward_model
+    from textenv.task import load_model, quiet_loading
+
+    _set_threads(options.threads)
+    with usage_errors():
+        demonstrations = None if options.demonstrations is None else read_demonstrations(options.demonstrations)
+        model, tokenizer = load_model(policy_of(options.model))
+        bar = Progress(
+            TextColumn(REWARD_MODEL), BarColumn(), MofNCompleteColumn(), TextColumn("updates"), TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )  # fmt: skip
+        shown = bar.add_task("", total=None, figures="")
+
+        def progress(done: int, updates: int, loss: float) -> None:
+            bar.update(shown, completed=done, total=updates, figures=f"loss {loss:.3f}")
+
+        with bar:
+            reward_model, report = train_reward_model(
+                options.rankings,
+                model=model,
+                tokenizer=tokenizer,
+                demonstrations=demonstrations,
+                epochs=options.epochs,
+                learning_rate=options.learning_rate,
+                batch_prompts=options.batch_prompts,
+                validation=validation,
+                seed=options.seed,
+                progress=progress,
+            )
+        settings = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+        settings |= {name: _absolute(settings[name]) for name in ("rankings", "model", "demonstrations", "validation")}
+        del settings["out"]
+
+        def write(directory: Path) -> None:
+            with quiet_loading():
+                reward_model.save_pretrained(directory)
+            about = {"settings": settings} | report.to_dict()
+            (directory / REPORT_FILE).write_text(json.dumps(about, indent=1) + "\n")
+
+        all_or_nothing(options.out, write)
+    Console().print(ranking_table(report))
+    zero = "the ranked completions" if demonstrations is None else f"{len(demonstrations):,} demonstrations"
+    print(
+        f"offset {report.offset:.3f}: {zero} score 0 on average; standard deviation of the scores {report.score_std:.3f}"
+    )
+    print(f"Saved in {options.out}, figures in {options.out / REPORT_FILE}. Pay it with: --reward {options.out}")
+
+
+def ranking_table(report: Any) -> Any:
+    """How well a reward model agrees with the rankings held out, and with those trained on."""
+    from rich.table import Table
+
+    parts = {"held out": report.validation, "trained on": report.train}
+    metrics = {name: part for name, part in parts.items() if part is not None}
+    rows = {
+        "accuracy": lambda part: f"{part.accuracy:.3f}",
+        "  95% interval": lambda part: "{:.3f} to {:.3f}".format(*part.accuracy_interval),
+        "accuracy of length alone": lambda part: f"{part.length_accuracy:.3f}",
+        "calibration error": lambda part: f"{part.calibration_error:.3f}",
+        "loss (nats)": lambda part: f"{part.loss:.3f}",
+        "pairs": lambda part: f"{part.pairs:,}",
+    }
+    table = Table("rankings", *metrics)
+    for name, figure in rows.items():
+        table.add_row(name, *map(figure, metrics.values()))
+    return table
 
 
 @dataclass(frozen=True)
@@ -186,10 +343,16 @@ def evaluate(arguments: Sequence[str]) -> None:
     names, flags = _positional(arguments, 1, "textenv eval DIR [flags]", EvalArguments)
     options = tyro.cli(EvalArguments, args=flags, prog="textenv eval DIR", description=evaluate.__doc__)
     agent, envs = load_run(Path(names[0]), options, num_envs=min(64, options.episodes))
+    split = remembered(run_directory(Path(names[0])), options).split or "train"
     lanes = envs.unwrapped
     ids = np.random.default_rng(0).permutation(len(lanes.task.prompts))[: options.episodes]
     table = Table(
-        "", "task reward", "KL (nats)", "response tokens", "finished", title=f"{names[0]}: {len(ids)} prompts"
+        "",
+        "task reward",
+        "KL (nats)",
+        "response tokens",
+        "finished",
+        title=f"{names[0]}: {len(ids)} prompts, split {split!r}",
     )
     rewards, texts = {}, {}
     for name, actor in {"reference": LanguageModelAgent(envs, seed=0), "agent": agent}.items():
@@ -258,8 +421,8 @@ def agents(arguments: Sequence[str]) -> None:
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """PPO makes a small model choose the sums it already knows: two minutes, with a picture at the end."""
-    from benchmarks.arithmetic import DemoArguments, run_demo
+    """The recipe of InstructGPT in miniature, from raw text to a policy that follows instructions: some minutes, with a report at the end."""
+    from benchmarks.instructgpt import DemoArguments, run_demo
 
     run_demo(tyro.cli(DemoArguments, args=list(arguments), prog="textenv demo", description=demo.__doc__))
 
@@ -292,11 +455,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(
                 f"Unknown command {arguments[0]!r}; there are {', '.join(COMMANDS)}.{did_you_mean(arguments[0], COMMANDS)}"
             )
-        COMMANDS[arguments[0]](arguments[1:])
+        with plain_warnings():
+            COMMANDS[arguments[0]](arguments[1:])
     except UsageError as error:
         sys.exit(f"textenv: {error}")
     except KeyboardInterrupt:
-        sys.exit("textenv: interrupted")
+        print("textenv: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def load_agent(name: str) -> type[Any]:
@@ -306,10 +471,48 @@ def load_agent(name: str) -> type[Any]:
     if ":" in name:
         return load_object(name, "the agent")
     if name not in AGENTS:
+        known = [*AGENTS, REWARD_MODEL]
         raise UsageError(
-            f"Unknown agent {name!r}; there are {', '.join(AGENTS)}, or yours as module:Class.{did_you_mean(name, AGENTS)}"
+            f"Unknown agent {name!r}; there are {', '.join(known)}, or yours as module:Class.{did_you_mean(name, known)}"
         )
     return getattr(importlib.import_module(AGENTS[name]), name)
+
+
+def load_reward(spec: str, device: str | None = None) -> Any:
+    """A reward from the command line: a function by name, or a reward model by its directory."""
+    if not Path(spec).expanduser().is_dir():
+        if ":" not in spec:
+            raise UsageError(
+                f"Expected --reward as file.py:name, module:name or the directory of a reward model, got {spec!r}: no such directory."
+            )
+        return load_object(spec, "--reward")
+    import torch
+
+    from rewards import RewardModel
+    from textenv.task import quiet_loading
+
+    with usage_errors(), quiet_loading():
+        reward = RewardModel.from_pretrained(Path(spec).expanduser())
+    reward.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return reward
+
+
+def policy_of(model: str) -> str:
+    """The model's directory, if a run of ours (or a checkpoint of one) was named in its place."""
+    where = Path(model).expanduser()
+    for policy in (where / CHECKPOINT / POLICY, where / POLICY):
+        if (policy / "config.json").is_file() and not (where / "config.json").is_file():
+            return str(policy)
+    return model
+
+
+def read_demonstrations(source: str) -> list[dict[str, Any]]:
+    """Prompts of the training split that have a demonstration, from a file or a directory of splits."""
+    splits = load_splits(source)
+    rows = [row for row in splits[choose_split(splits, None)] if row.get("demonstration") is not None]
+    if not rows:
+        raise UsageError(f"No row of {source} has a `demonstration`.")
+    return rows
 
 
 def load_object(spec: str, what: str) -> Any:
@@ -361,6 +564,22 @@ def make_envs(env_id: str, num_envs: int, keywords: dict[str, Any]) -> Any:
 
 
 @contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings as one line each, without the place in the code that they come from."""
+    before = warnings.formatwarning
+
+    def one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+        text = re.sub(r"\x1b\[\d*m", "", str(message))  # Gymnasium's colours
+        return f"textenv: warning: {text.removeprefix('WARN: ')}\n"
+
+    warnings.formatwarning = one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+@contextmanager
 def usage_errors() -> Iterator[None]:
     """What the user can mend is shown without a traceback."""
     import gymnasium as gym
@@ -368,15 +587,24 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError, gym.error.Error) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_as_flags(str(error))) from error
+
+
+def _as_flags(message: str) -> str:
+    """Remedies in terms of keywords, as the flags that give them."""
+    if not message.startswith("Missing keyword"):
+        return message.replace("pass validation=None", "pass --validation 0")
+    known = [f.name for f in dataclasses.fields(EnvArguments)]
+    names = re.findall(r"(\w+)=", message)
+    flags = [f"--{name.replace('_', '-')}" if name in known else f"--env-arg {name}=VALUE" for name in names]
+    return f"Missing: {', '.join(flags)}."
 
 
 def load_run(path: Path, options: Any, num_envs: int) -> tuple[Any, Any]:
     """The agent of a run directory (or of a bare checkpoint) and an environment for it."""
     from agents.base import read_about
 
-    if path.name == CHECKPOINT and (path.parent / RUN_FILE).is_file():
-        path = path.parent
+    path = run_directory(path)
     run = read_run(path)
     checkpoint = path / CHECKPOINT if run else path
     with usage_errors():
@@ -388,13 +616,34 @@ def load_run(path: Path, options: Any, num_envs: int) -> tuple[Any, Any]:
         return load_agent(run.get("agent") or about["agent"]).load(checkpoint, envs), envs
 
 
+def run_directory(path: Path) -> Path:
+    """The run that a checkpoint belongs to, or the path itself."""
+    return path.parent if path.name == CHECKPOINT and (path.parent / RUN_FILE).is_file() else path
+
+
+def with_absolute_paths(options: Any) -> Any:
+    """Files and directories by their full paths: a run is evaluated and resumed from elsewhere too."""
+    return dataclasses.replace(options, **{name: _absolute(getattr(options, name)) for name in PATHS})
+
+
+def _absolute(path: str | None) -> str | None:
+    """The full path of what exists (with `:name` behind it, for a function in a file); else as it is, a hub name perhaps."""
+    file, colon, name = ("" if path is None else path).rpartition(":")
+    if path is not None and Path(path).expanduser().exists():
+        return str(Path(path).expanduser().resolve())
+    if file.endswith(".py") and Path(file).is_file():
+        return f"{Path(file).resolve()}{colon}{name}"
+    return path
+
+
 def read_run(path: Path) -> dict[str, Any]:
     """What a run directory remembers of its command line; nothing where it is none."""
     file = path / RUN_FILE
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text()))
+        run = dict(json.loads(file.read_text()))
+        return run | {name: _absolute(run[name]) for name in PATHS if name in run}
     except ValueError as error:
         raise UsageError(f"{file} is damaged ({error}): remove it to use {path / CHECKPOINT} by itself.") from error
 
@@ -484,10 +733,31 @@ def _positional(arguments: Sequence[str], count: int, usage: str, flags: Any) ->
     if len(names) < count or any(name.startswith("-") for name in names):
         if any(flag in arguments for flag in ("-h", "--help")):
             if "AGENT" in usage:
-                print("Each agent has settings of its own besides: textenv train AGENT ENV --help\n")
+                print("Each agent has settings of its own besides: textenv train AGENT ENV --help")
+                print(f"A reward model learns from rankings: textenv train {REWARD_MODEL} --help\n")
             tyro.cli(flags, args=["--help"], prog=usage.removesuffix(" [flags]"))
         raise UsageError(f"Expected {usage}")
     return names, arguments[count:]
+
+
+def _existing_file(name: str, flag: str) -> None:
+    path = Path(name)
+    if not path.is_file():
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UsageError(f"No such file for {flag}: {name}.{did_you_mean(path.name, names)}")
+
+
+def all_or_nothing(out: Path, write: Callable[[Path], None]) -> None:
+    """Have a directory written beside its place, and put it there when it is complete."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    scratch.chmod(0o755)  # mkdtemp makes it private
+    try:
+        write(scratch)
+        scratch.replace(out)  # over an empty directory, too
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 def _no_flags(arguments: Sequence[str], command: str) -> None:

@@ -1,10 +1,12 @@
 """The `textenv` program, as typed: what it prints, what it leaves behind, and how it answers mistakes."""
 
 import json
+import os
+import signal
 
 import pytest
 
-from textenv.cli import main
+from textenv.cli import main, whole_number
 
 SMALL = [
     "--num-envs",
@@ -79,6 +81,9 @@ def test_evaluation_shows_agent_and_reference(run, capsys):
     out = capsys.readouterr().out
     assert "reference" in out
     assert "paired difference" in out
+    assert "split 'test'" in out
+    main(["eval", str(run / "checkpoint"), "--episodes", "4", "--samples", "0"])
+    assert "split 'train'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["", "checkpoint"])
@@ -125,6 +130,10 @@ def test_a_reward_of_ones_own_from_a_file(tmp_path):
         (["train", "my_module:Agent", "textenv/Arithmetic-v0"], "Cannot import"),
         (["eval", "nowhere"], "No checkpoint"),
         (["envs", "please"], "takes no arguments"),
+        (["train", "rewardModel", "--rankings", "r.jsonl"], "Expected textenv train AGENT ENV"),
+        (["train", "rewardModel", "textenv/Tree-v0"], "Did you mean `RewardModel`?"),
+        (["train", "PPO", "textenv/Prompts-v0"], "Missing: --model, --prompts."),
+        (["train", "PPO", "textenv/Arithmetic-v0", "--reward", "runs/reward"], "no such directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -174,3 +183,201 @@ def test_no_tokens_is_no_run(tmp_path):
         ["train", "PPO", "textenv/Arithmetic-v0", "--out", str(tmp_path / "r"), "--total-timesteps", "0"]
     )
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(("text", "number"), [("1e4", 10_000), ("2.5e3", 2500), ("10_000", 10_000), ("7", 7)])
+def test_numbers_of_tokens_may_be_written_as_people_write_them(text, number):
+    assert whole_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["1.5", "many", "nan", "inf"])
+def test_half_a_token_is_a_mistake(text, capsys):
+    with pytest.raises(ValueError, match="whole number"):
+        whole_number(text)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "PPO", "textenv/Arithmetic-v0", "--total-timesteps", text])
+    assert stopped.value.code == 2
+    assert "whole number" in capsys.readouterr().err
+
+
+def test_a_stopped_run_is_saved_and_says_so_in_its_exit_status(tmp_path, capsys):
+    (tmp_path / "stop.py").write_text(
+        "import os, signal\n\ndef stop(completions, **columns):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    return [0.0] * len(completions)\n"
+    )
+    before = signal.getsignal(signal.SIGINT)
+    command = ["train", "PPO", "textenv/Arithmetic-v0", "--total-timesteps", "1e4", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--reward", f"{tmp_path / 'stop.py'}:stop", *SMALL])
+    assert stopped.value.code == 130
+    assert "--resume" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoint" / "agent.json").is_file()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# ---------------------------------------------------------------------- one's own data: imitate, rank, reinforce
+
+PROMPTS = ["a", "b", "c", "d", "e", "f", "ab", "cd", "ef", "gh"]
+
+
+@pytest.fixture
+def own(tmp_path, model_dir, monkeypatch):
+    """A working directory with a model, demonstrations, and rankings that prefer `j` to `i`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "model").symlink_to(model_dir)
+    rows = {
+        "demos.jsonl": [{"prompt": p, "demonstration": "jj"} for p in PROMPTS],
+        "rankings.jsonl": [{"prompt": p, "completions": ["jj", "ij", "ii"]} for p in PROMPTS]
+        + [{"prompt": p, "chosen": "j", "rejected": "iii"} for p in PROMPTS],
+    }
+    for name, lines in rows.items():
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def train_reward(*flags):
+    main(["train", "RewardModel", "--rankings", "rankings.jsonl", "--model", "model", "--threads", "1", *flags])
+
+
+def test_a_reward_model_is_learnt_from_rankings(own, capsys):
+    from transformers import AutoModelForSequenceClassification
+
+    from rewards import RewardModel
+
+    flags = ["--demonstrations", "demos.jsonl", "--epochs", "15", "--learning-rate", "0.01", "--validation", "0.2"]
+    train_reward(*flags, "--batch-prompts", "4", "--out", "learnt/reward")
+    out = capsys.readouterr().out
+    for words in ("accuracy", "95% interval", "length alone", "calibration", "10 demonstrations", "learnt/reward"):
+        assert words in out
+    report = json.loads((own / "learnt/reward/report.json").read_text())
+    assert report["validation"]["accuracy"] == 1.0  # `j` beats `i`, a rule that holds for any prompt
+    assert report["validation"]["pairs"] == 2 * (3 + 1)  # two prompts of ten, each with a ranking of three and of two
+    assert report["settings"]["epochs"] == 15
+    assert report["settings"]["rankings"] == str(own / "rankings.jsonl")
+    reward = RewardModel.from_pretrained("learnt/reward")
+    demonstrated = reward(prompts=PROMPTS, completions=["jj"] * 10)
+    assert sum(demonstrated) / 10 == pytest.approx(0, abs=1e-4)
+    assert AutoModelForSequenceClassification.from_pretrained("learnt/reward").config.num_labels == 1
+    assert [path.name for path in (own / "learnt").iterdir()] == ["reward"]  # nothing lies about beside it
+
+
+def test_other_rankings_can_validate_and_none_need_be_held_out(own, capsys):
+    (own / "others.jsonl").write_text('{"prompt": "a", "chosen": "i", "rejected": "j"}\n')
+    train_reward("--validation", "others.jsonl")
+    report = json.loads((own / "runs/reward/report.json").read_text())  # where it goes unless told
+    assert (report["validation"]["pairs"], report["train"]["prompts"]) == (1, 20)
+    train_reward("--validation", "0", "--out", "all")
+    assert json.loads((own / "all/report.json").read_text())["validation"] is None
+    assert "ranked completions score 0" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*No reward= was given")
+def test_the_three_commands_of_the_recipe(own, capsys):
+    tiny = ["--threads", "1", "--max-new-tokens", "4", "--num-envs", "4"]
+    prompts = ["textenv/Prompts-v0", "--prompts", "demos.jsonl"]
+    main(["train", "SFT", *prompts, "--model", "model", "--total-timesteps", "60", "--out", "sft", *tiny])
+    assert "validation_loss" in capsys.readouterr().out
+    main(["train", "RewardModel", "--rankings", "rankings.jsonl", "--model", "sft", "--out", "reward"])
+    ppo = ["--model", "sft", "--reward", "reward", "--total-timesteps", "30", "--out", "ppo", *SMALL, *tiny]
+    main(["train", "PPO", *prompts, *ppo])
+    run = json.loads((own / "ppo/run.json").read_text())
+    assert [run[name] for name in ("model", "reward", "prompts")] == [
+        str(own / name) for name in ("sft", "reward", "demos.jsonl")
+    ]
+    sft, start = (own / "sft/checkpoint/policy", json.loads((own / "reward/report.json").read_text())["settings"])
+    assert start["model"] == str(own / "sft")
+    assert sft.is_dir()
+    (own / "elsewhere").mkdir()
+    os.chdir(own / "elsewhere")  # the run knows where its files are
+    main(["eval", str(own / "ppo"), "--episodes", "4", "--samples", "1"])
+    assert "paired difference" in capsys.readouterr().out
+
+
+def test_a_run_in_place_of_a_model_means_its_policy(own):
+    from textenv.cli import policy_of
+
+    (own / "run/checkpoint/policy").mkdir(parents=True)
+    (own / "run/checkpoint/policy/config.json").write_text("{}")
+    for name in ("run", "run/checkpoint", "run/checkpoint/policy"):
+        assert own / policy_of(name) == own / "run/checkpoint/policy"
+    assert policy_of("model") == "model"
+    assert policy_of("gpt2") == "gpt2"
+
+
+def test_a_reward_model_is_not_overwritten(own):
+    (own / "runs/reward").mkdir(parents=True)
+    train_reward()  # over an empty directory
+    before = {path.name: path.read_bytes() for path in (own / "runs/reward").iterdir()}
+    with pytest.raises(SystemExit, match="exists already"):
+        train_reward()
+    assert {path.name: path.read_bytes() for path in (own / "runs/reward").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--rankings", "ranking.jsonl"], "Did you mean `rankings.jsonl`?"),
+        (["--rankings", "model"], "No such file for --rankings"),
+        (["--demonstrations", "demo.jsonl"], "Did you mean `demos.jsonl`?"),
+        (["--demonstrations", "rankings.jsonl"], "No row of rankings.jsonl has a `demonstration`"),
+        (["--model", "./modell"], "Could not load a causal language model"),
+        (["--validation", "others.jsonl"], "No such file for --validation"),
+        (["--validation", "1.5"], "no share"),
+        (["--epochs", "0"], "Expected --epochs >= 1"),
+        (["--learning-rate", "0"], "Expected --learning-rate > 0"),
+    ],
+    ids=" ".join,
+)
+def test_a_reward_model_asked_for_wrongly(own, flags, expected, monkeypatch):
+    before = sorted(path.name for path in own.iterdir())
+    command = ["train", "RewardModel", "--rankings", "rankings.jsonl", "--model", "model"]
+    assert expected in fails(command + flags)
+    assert sorted(path.name for path in own.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{", "line 2 of rankings.jsonl is not JSON"),
+        ('{"chosen": "a", "rejected": "b"}', "line 2 of rankings.jsonl has no `prompt`"),
+        ('{"prompt": "a", "chosen": "b"}', "expected {prompt, completions[, ranks]} or {prompt, chosen, rejected}"),
+        ('{"prompt": "a", "completions": ["b"]}', "at least two completions"),
+        ('{"prompt": "a", "completions": ["b", "c"], "ranks": [1]}', "1 ranks for 2 completions"),
+        ('{"prompt": "a", "completions": ["b", "%s"]}' % ("j" * 60), "the context of the reward model"),
+    ],
+)
+def test_a_malformed_ranking_is_named_by_its_line(own, line, expected):
+    (own / "rankings.jsonl").write_text(f'{{"prompt": "f", "chosen": "b", "rejected": "c"}}\n{line}\n')
+    assert expected in fails(["train", "RewardModel", "--rankings", "rankings.jsonl", "--model", "model"])
+    assert not (own / "runs").exists()
+
+
+def test_too_few_prompts_to_hold_one_out(own):
+    (own / "rankings.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert "pass --validation 0" in fails(["train", "RewardModel", "--rankings", "rankings.jsonl", "--model", "model"])
+
+
+def test_wrong_names_of_options(own, capsys):
+    for flags in (["--ranking", "rankings.jsonl", "--model", "model"], ["--model", "model"], ["--learning-rat", "1"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", "RewardModel", *flags])
+        assert stopped.value.code == 2
+        assert "--rankings" in capsys.readouterr().err
+    assert "in no environment" in fails(["train", "RewardModel", "textenv/Prompts-v0", "--model", "model"])
+
+
+def test_help_of_the_reward_model(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "RewardModel", "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    for flag in ("--rankings", "--model", "--out", "--demonstrations", "--validation", "--epochs", "--learning-rate"):
+        assert flag in out
+
+
+def test_what_is_no_reward_model_is_refused_as_a_reward(own):
+    (own / "empty").mkdir()
+    train = ["train", "PPO", "textenv/Prompts-v0", "--model", "model", "--prompts", "demos.jsonl"]
+    assert "train_reward_model" in fails([*train, "--reward", "model"])
+    assert "empty" in fails([*train, "--reward", "empty"])
