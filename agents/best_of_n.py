@@ -17,7 +17,7 @@ Differences from the papers: 1) `predict` serves it token by token: where an obs
 for its lane, n continuations are drawn from there, scored as whole responses, and the best is played 2) `learn` trains
 nothing: it draws samples, and logs by them what best-of-n is worth.
 
-Run: textenv train BestOfN textenv/Arithmetic-v0 --n 16 --group-size 16
+Run: textenv train BestOfN textenv/Arithmetic-v0 --n 16 --env-arg group_size=16
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ Differences from the papers: 1) groups whose completions are all worth the same,
 to imitate one of them would only lose entropy 2) every round starts from the current policy and forgets older
 samples 3) loss is per token, over a minibatch of kept completions.
 
-Run: textenv train ExpertIteration textenv/Tree-v0 --group-size 8 --seed 0
+Run: textenv train ExpertIteration textenv/Tree-v0 --env-arg group_size=8 --seed 0
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Differences from the papers: 1) the environment's reward judges, not a language 
 pair under `argmax` (TRL takes the first of them) 3) the reference's temperature and action mask are those of the policy
 4) several minibatches to a rollout, so all but the first are slightly off-policy.
 
-Run: textenv train OnlineDPO textenv/Tree-v0 --group-size 2 --seed 0
+Run: textenv train OnlineDPO textenv/Tree-v0 --env-arg group_size=2 --seed 0
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ PRESETS: dict[str, Preset] = {
     "PPO": Preset(
         agent="PPO",
         config={"learning_rate": 2e-3, "episodes_per_update": 128, "minibatch_episodes": 64},
-        tokens=80_000,
+        tokens=50_000,
     ),
     "A2C": Preset(agent="A2C", config={"learning_rate": 4e-3, "episodes_per_update": 128}),
     "REINFORCE": Preset(agent="REINFORCE", config={"learning_rate": 4e-3, "episodes_per_update": 128}, tokens=80_000),
@@ -94,7 +94,7 @@ PRESETS: dict[str, Preset] = {
     "NLPO": Preset(
         agent="NLPO",
         config={"learning_rate": 2e-3, "episodes_per_update": 128, "minibatch_episodes": 64},
-        tokens=80_000,
+        tokens=50_000,
         follows_j=False,
     ),
     "OnlineDPO": Preset(
@@ -108,7 +108,7 @@ PRESETS: dict[str, Preset] = {
         group_size=4,
     ),
     "ILQL": Preset(agent="ILQL", config={"learning_rate": 1e-3}, lanes=128, follows_j=False),
-    "BestOfN": Preset(agent="BestOfN", config={"n": 64}, decay=False, follows_j=False),
+    "BestOfN": Preset(agent="BestOfN", config={"n": 8}, decay=False, follows_j=False),
 }
 """Name -> what is run under it."""
 

@@ -73,12 +73,12 @@ class Size:
     hidden_size: int = 128
 
 
-_PRETRAINING = PretrainingConfig(steps=3200, learning_rate=3e-3, matrix_learning_rate=5e-3)
+_PRETRAINING = PretrainingConfig(steps=3000, learning_rate=3e-3, matrix_learning_rate=5e-3)
 
 SIZES: dict[str, Size] = {
     "tiny": Size(20_000, PretrainingConfig(steps=30, batch_size=12), 2_000, 16, 1_500, 24, hidden_size=32),
     # Small batches: the model learns to copy from the prompt suddenly, after so many steps rather than so many tokens.
-    "default": Size(2_500_000, _PRETRAINING, 60_000, 4_000, 100_000, 600),
+    "default": Size(2_400_000, _PRETRAINING, 60_000, 3_000, 70_000, 600),
     # The models that textenv/Assistant-v0 brings along.
     "shipped": Size(6_000_000, replace(_PRETRAINING, steps=8_000), 80_000, 12_000, 100_000, 600),
 }

@@ -427,8 +427,24 @@ def demo(arguments: Sequence[str]) -> None:
     run_demo(tyro.cli(DemoArguments, args=list(arguments), prog="textenv demo", description=demo.__doc__))
 
 
+def bench(arguments: Sequence[str]) -> None:
+    """Benchmarks: `exact` runs the agents on tasks whose optimum is known."""
+    suites = ("exact",)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: textenv bench SUITE [...]   (suites: {', '.join(suites)}; textenv bench SUITE --help says more)")
+        return
+    if arguments[0] not in suites:
+        raise SystemExit(f"No suite {arguments[0]!r}; there are {list(suites)}.{did_you_mean(arguments[0], suites)}")
+    from benchmarks.exact import ExactArguments, run_exact
+
+    run_exact(
+        tyro.cli(ExactArguments, args=list(arguments[1:]), prog="textenv bench exact", description=run_exact.__doc__)
+    )
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
+    "bench": bench,
     "train": train,
     "eval": evaluate,
     "generate": generate,
