@@ -613,9 +613,16 @@ def run_demo(options: DemoArguments) -> None:
     from benchmarks.instructgpt_report import write_report
 
     torch.set_num_threads(options.cores)
-    recipe = Recipe(options)
+    try:
+        recipe = Recipe(options)
+    except ValueError as error:  # a directory of another run
+        raise SystemExit(str(error)) from None
     already = all(stage in recipe.done for stage in STAGES)
-    done = recipe.run()
+    try:
+        done = recipe.run()
+    except KeyboardInterrupt:
+        recipe.console.print(f"\nStopped. What is finished is in {options.out}; the same command goes on from there.")
+        raise
     summary = {"settings": asdict(options) | {"out": str(options.out)}, "stages": done}
     write_json(options.out / "summary.json", summary)
     write_report(summary, options.out)
