@@ -167,7 +167,9 @@ class GRPO(LanguageModelAgent):
     def update(self, episodes: Episodes) -> None:
         """Improve the policy on one rollout, in which the completions of a prompt stand next to each other."""
         cfg, device = self.config.resolved(), self.policy.lm.device
-        assert cfg.clip_low is not None and cfg.clip_high is not None and cfg.loss_aggregation is not None  # noqa: PT018
+        assert cfg.clip_low is not None  # resolved() has filled it; so with the next two
+        assert cfg.clip_high is not None
+        assert cfg.loss_aggregation is not None
         mask = torch.from_numpy(episodes.mask).to(device)
         old_log_probs = torch.from_numpy(episodes.log_probs).to(device, torch.float32)
         returns = self.returns(episodes)

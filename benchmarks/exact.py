@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.records import write_text
+
 STRUCTURES = ("random", "needle", "trap", "conflict")
 BETAS = np.logspace(-3, 3, 400)
 """Of the frontier that no policy can lie above, reward per nat."""
@@ -62,38 +64,38 @@ class Preset:
         return dict(self.config) | ({"decay_timesteps": tokens} if self.decay else {})
 
 
-GROUPS: dict[str, Any] = {"episodes_per_update": 128, "minibatch_episodes": 64}
+ROLLOUT: dict[str, Any] = {"episodes_per_update": 128, "minibatch_episodes": 64}
 PRESETS: dict[str, Preset] = {
     "PPO": Preset(
         agent="PPO",
-        config={"learning_rate": 2e-3, "episodes_per_update": 128, "minibatch_episodes": 64},
+        config=ROLLOUT | {"learning_rate": 2e-3},
         tokens=50_000,
     ),
     "A2C": Preset(agent="A2C", config={"learning_rate": 4e-3, "episodes_per_update": 128}),
     "REINFORCE": Preset(agent="REINFORCE", config={"learning_rate": 4e-3, "episodes_per_update": 128}, tokens=80_000),
-    "RLOO": Preset(agent="RLOO", config=GROUPS | {"learning_rate": 2e-3}, group_size=16),
-    "GRPO-dr_grpo": Preset(agent="GRPO", config=GROUPS | {"variant": "dr_grpo", "learning_rate": 2e-3}, group_size=16),
+    "RLOO": Preset(agent="RLOO", config=ROLLOUT | {"learning_rate": 2e-3}, group_size=16),
+    "GRPO-dr_grpo": Preset(agent="GRPO", config=ROLLOUT | {"variant": "dr_grpo", "learning_rate": 2e-3}, group_size=16),
     "GRPO": Preset(
         agent="GRPO",
-        config=GROUPS | {"variant": "grpo", "learning_rate": 1e-3},
+        config=ROLLOUT | {"variant": "grpo", "learning_rate": 1e-3},
         group_size=16,
         follows_j=False,
     ),
     "GRPO-dapo": Preset(
         agent="GRPO",
-        config=GROUPS | {"variant": "dapo", "learning_rate": 1e-3},
+        config=ROLLOUT | {"variant": "dapo", "learning_rate": 1e-3},
         group_size=16,
         follows_j=False,
     ),
     "GRPO-gspo": Preset(
         agent="GRPO",
-        config=GROUPS | {"variant": "gspo", "learning_rate": 1e-3},
+        config=ROLLOUT | {"variant": "gspo", "learning_rate": 1e-3},
         group_size=16,
         follows_j=False,
     ),
     "NLPO": Preset(
         agent="NLPO",
-        config={"learning_rate": 2e-3, "episodes_per_update": 128, "minibatch_episodes": 64},
+        config=ROLLOUT | {"learning_rate": 2e-3},
         tokens=50_000,
         follows_j=False,
     ),
@@ -313,7 +315,7 @@ def run_exact(options: ExactArguments) -> list[dict[str, Any]]:
     missing = [cell for cell in wanted if read_cell(folder, cell) is None]
     console.print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them finished before.", highlight=False)
     for done, row in enumerate(played(missing, options.jobs), start=1):
-        write_whole(folder / Cell(**cell_of(row)).file, json.dumps(row) + "\n")
+        write_text(folder / Cell(**cell_of(row)).file, json.dumps(row) + "\n")
         score = f"failed: {row['error']}" if "error" in row else f"score {row['score']:.3f}"
         console.print(
             f"{done:>4}/{len(missing)}  {row['name']:<16} {row['structure']:<9} seed {row['seed']}  {score}  "
@@ -322,10 +324,10 @@ def run_exact(options: ExactArguments) -> list[dict[str, Any]]:
             markup=False,
         )
     rows = [json.loads((folder / cell.file).read_text()) for cell in wanted]
-    write_whole(options.out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(options.out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     lines = summarise(rows, options)
     print_table(lines, console)
-    write_whole(options.out / "table.md", markdown(lines, rows, options))
+    write_text(options.out / "table.md", markdown(lines, rows, options))
     draw(rows, options, options.out / "exact.png")
     console.print(f"\ntable: {options.out / 'table.md'}   picture: {options.out / 'exact.png'}", highlight=False)
     return rows
@@ -363,13 +365,6 @@ def read_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:
         return None
     same = all(row.get(name) == value for name, value in asdict(cell).items())
     return row if same and "error" not in row else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing, whenever the process is stopped."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text)
-    os.replace(scratch, path)
 
 
 # ---------------------------------------------------------------------- table

@@ -44,6 +44,7 @@ from agents import PPO, SFT
 from agents.optim import Muon
 from agents.pretraining import PretrainingConfig, language_model_loss, pretrain, silence_residual_branches
 from agents.rollout import run_prompts
+from benchmarks.records import write_json, write_text
 from rewards import RewardModel, train_reward_model
 from rewards.rankings import evaluate_reward_model
 from textenv.task import quiet_loading
@@ -101,7 +102,8 @@ class DemoArguments:
     """CPU cores to use. Any number gives the same results up to rounding."""
 
 
-PPO_SETTINGS: dict[str, Any] = {"beta": 0.1, "learning_rate": 1e-3, "episodes_per_update": 256, "epochs": 1}
+BETA = 0.1
+PPO_SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "episodes_per_update": 256, "epochs": 1}
 """Of both PPO stages. Tried on earlier runs of seed 0, with a look at their gold scores (docs/results/assistant.md)."""
 
 
@@ -110,13 +112,11 @@ class Recipe:
 
     Args:
         options: Seed, size, place.
-        settings: Of the PPO stages; fields of `PPOConfig`.
     """
 
-    def __init__(self, options: DemoArguments, **settings: Any) -> None:
+    def __init__(self, options: DemoArguments) -> None:
         self.options, self.size, self.out = options, SIZES[options.size], options.out
         self.console = Console()
-        self.settings = PPO_SETTINGS | settings
         self.done: dict[str, Any] = {}
         self._claim()
 
@@ -248,7 +248,7 @@ class Recipe:
 
     def make_ppo(self) -> dict[str, Any]:
         """Reinforce against the reward model: without and with pretraining text mixed in, side by side."""
-        self.side_by_side({name: (reinforce, (name, self.settings)) for name in PTX_COEF})
+        self.side_by_side({name: (reinforce, (name,)) for name in PTX_COEF})
         figures: dict[str, Any] = {}
         for name in PTX_COEF:
             last = json.loads((self.out / f"{name}.json").read_text())[-5:]
@@ -434,17 +434,18 @@ def write_answers(recipe: Recipe, prompts: list[str], seed: int, name: str, adva
     write_json(recipe.out / f"{name}.json", recipe.answers(recipe.out / "sft", prompts, seed, advance))
 
 
-def reinforce(recipe: Recipe, name: str, settings: dict[str, Any], advance: Advance) -> None:
+def reinforce(recipe: Recipe, name: str, advance: Advance) -> None:
     """Train one policy by PPO and write it, with its history."""
     options, tokens = recipe.options, recipe.size.ppo_tokens
-    agent_settings = {key: value for key, value in settings.items() if key != "beta"}
+    settings = dict(PPO_SETTINGS)
     if PTX_COEF[name]:
         stream = pack(corpus.make_corpus(recipe.size.corpus_tokens // 4, seed=options.seed + 1))
         rows = stream[: len(stream) // 48 * 48].reshape(-1, 48)
-        agent_settings |= {"ptx_coef": PTX_COEF[name], "ptx_data": rows}
+        settings |= {"ptx_coef": PTX_COEF[name], "ptx_data": rows}
     reward = recipe.reward_model()
-    envs = recipe.envs(recipe.out / "sft", "train", reward, beta=settings["beta"])
-    agent = PPO(envs, seed=options.seed, decay_timesteps=round(1.2 * tokens), **agent_settings)
+    envs = recipe.envs(recipe.out / "sft", "train", reward, beta=BETA)
+    # Somewhat longer than the run: the last updates still take steps, of a sixth of the full size.
+    agent = PPO(envs, seed=options.seed, decay_timesteps=round(1.2 * tokens), **settings)
 
     def tell(variables: dict[str, Any], _: dict[str, Any]) -> bool:
         last = agent.history[-1] if agent.history else {}
@@ -563,18 +564,6 @@ def replaced(path: Path) -> Iterator[Path]:
     yield scratch
     shutil.rmtree(path, ignore_errors=True)
     os.replace(scratch, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """The same, as JSON."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def progress_bars() -> Progress:

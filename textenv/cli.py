@@ -434,7 +434,9 @@ def bench(arguments: Sequence[str]) -> None:
         print(f"usage: textenv bench SUITE [...]   (suites: {', '.join(suites)}; textenv bench SUITE --help says more)")
         return
     if arguments[0] not in suites:
-        raise SystemExit(f"No suite {arguments[0]!r}; there are {list(suites)}.{did_you_mean(arguments[0], suites)}")
+        raise UsageError(
+            f"Unknown suite {arguments[0]!r}; there are {list(suites)}.{did_you_mean(arguments[0], suites)}"
+        )
     from benchmarks.exact import ExactArguments, run_exact
 
     run_exact(

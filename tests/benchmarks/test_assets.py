@@ -40,6 +40,8 @@ def test_gold_scores_are_those_of_the_card(recipe, name):
     assert np.mean([v.total for v in verdicts]) == pytest.approx(stated["gold"], abs=0.02)
     assert np.mean([v.obeyed for v in verdicts]) == pytest.approx(stated["obeyed"], abs=0.03)
     assert np.mean([v.rude for v in verdicts]) == pytest.approx(stated["rude"], abs=0.03)
+    false = np.mean([v.stated_false_fact for v in verdicts if v.states_facts])
+    assert false == pytest.approx(stated["false_facts"], abs=0.06)
     assert neutral_loss(recipe.load(recipe.out / name)) == pytest.approx(stated["neutral_loss"], abs=0.01)
 
 

@@ -381,3 +381,8 @@ def test_what_is_no_reward_model_is_refused_as_a_reward(own):
     train = ["train", "PPO", "textenv/Prompts-v0", "--model", "model", "--prompts", "demos.jsonl"]
     assert "train_reward_model" in fails([*train, "--reward", "model"])
     assert "empty" in fails([*train, "--reward", "empty"])
+
+
+def test_a_wrong_suite_is_answered_with_the_nearest():
+    with pytest.raises(SystemExit, match=r"Unknown suite 'exakt'.*Did you mean `exact`"):
+        main(["bench", "exakt"])
