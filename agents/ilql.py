@@ -30,8 +30,6 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -45,6 +43,7 @@ from agents.policy import Policy
 from agents.rollout import collect
 from textenv.ledger import Episodes
 from textenv.lm import LanguageModel, response_index
+from textenv.sampling import log_prob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,27 +149,13 @@ class TiltedLanguageModel(LanguageModel):
 
     def __init__(self, lm: LanguageModel, heads: Heads, weight: float) -> None:
         super().__init__(lm.model, lm.max_tokens, lm.behaviour, check=lm.check, cached=lm.cached)
-        self.heads, self.weight, self.tilted = heads, weight, True
+        self.heads, self.weight = heads, weight
 
-    @contextmanager
-    def untilted(self) -> Iterator[None]:
-        """Within the block it is the plain model: log pi."""
-        self.tilted = False
-        try:
-            yield
-        finally:
-            self.tilted = True
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = super()._head(hidden)
-        if not self.tilted:
-            return logits
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Raw logits and tilt. Shape: (M, d) -> (M, V)."""
         # `behaviour` divides by the temperature after this, and log pi is meant to be the policy under it.
-        return logits + self.weight * self.behaviour.temperature * self.heads.advantages(hidden.float())
-
-    def _probe(self, length: int) -> bool:
-        with self.untilted():  # the cache is compared with the plain model's forward pass
-            return super()._probe(length)
+        tilt = self.weight * self.behaviour.temperature * self.heads.advantages(hidden.float())
+        return super().head(hidden) + tilt
 
 
 class ILQL(LanguageModelAgent):
@@ -208,7 +193,8 @@ class ILQL(LanguageModelAgent):
         policy = super().make_policy()
         width = policy.model.get_output_embeddings().weight.shape[1]
         self.heads = Heads(width, self.lanes.vocab_size, int(self.rng.integers(2**31))).to(policy.lm.device)
-        policy.lm = TiltedLanguageModel(policy.lm, self.heads, 1 / beta if weight is None else weight)
+        self.plain = policy.lm  # log pi: the same network, not tilted
+        policy.lm = TiltedLanguageModel(self.plain, self.heads, 1 / beta if weight is None else weight)
         return policy
 
     def learn(self, total_timesteps: int, callback: MaybeCallback = None, progress_bar: bool = False) -> Self:
@@ -236,16 +222,15 @@ class ILQL(LanguageModelAgent):
     def update(self) -> None:
         """Improve Q, V and log pi on minibatches of all data."""
         cfg, heads, device = self.config, self.heads, self.policy.lm.device
-        assert isinstance(self.policy.lm, TiltedLanguageModel)
         figures: dict[str, list[float]] = defaultdict(list)
         for _ in range(cfg.gradient_steps):
             batch = self.minibatch()
-            with self.policy.lm.untilted():
-                log_probs, _, hidden = self.policy.evaluate(batch, np.arange(len(batch.tokens)))
-            row, column = response_index(batch.prompt_length, batch.response_length)  # of each of M tokens
+            part = batch.tokens, batch.prompt_length, batch.response_length
+            hidden = self.plain.response_hidden(*part)  # at M tokens, episodes back to back
+            logits, actions = self.plain.response_logits(hidden, *part)
+            row, column = response_index(batch.prompt_length, batch.response_length)
             step = column - batch.prompt_length[row] + 1
             last = step == batch.response_length[row] - 1
-            actions = torch.from_numpy(batch.tokens[row, column + 1]).to(device)
             rewards = torch.from_numpy(batch.rewards[row, step]).to(device, torch.float32)
             known = torch.from_numpy(~(last & batch.cut[row])).to(device)
 
@@ -261,7 +246,7 @@ class ILQL(LanguageModelAgent):
                 "q_loss": torch.stack([td_loss(q, actions, rewards, next_values, known, cfg.gamma) for q in qs]).sum(),
                 "value_loss": expectile_loss(values, target, cfg.expectile),
                 "cql_loss": torch.stack([conservative_loss(q, actions) for q in qs]).sum(),
-                "awac_loss": awac_loss(log_probs[row, step], target - values.detach(), cfg.awac_beta),
+                "awac_loss": awac_loss(log_prob(logits, actions), target - values.detach(), cfg.awac_beta),
             }
             loss = losses["q_loss"] + losses["value_loss"]
             loss = loss + cfg.cql_coef * losses["cql_loss"] + cfg.awac_coef * losses["awac_loss"]
@@ -269,8 +254,8 @@ class ILQL(LanguageModelAgent):
             figures["grad_norm"].append(self.apply_gradients(self.adam))
             heads.follow(cfg.polyak)
             self.accounts["gradient_tokens"] += len(actions)
-            for name, part in losses.items():
-                figures[name].append(part.item())
+            for name, value in losses.items():
+                figures[name].append(value.item())
             figures["value"].append(values.mean().item())
         self.policy.invalidate()  # the slow copies have moved once more
         for name, seen in figures.items():

@@ -156,7 +156,7 @@ class LanguageModel:
         if self.behaviour.action_mask is not None:
             states = tokens[rows].copy()
             states[np.arange(tokens.shape[1]) > columns[:, None]] = self.vocab_size
-        logits = self.behaviour.logits(self._head(hidden), states)
+        logits = self.behaviour.logits(self.head(hidden), states)
         return logits, torch.from_numpy(tokens[rows, columns + 1]).to(self.device)
 
     @torch.no_grad()
@@ -178,8 +178,8 @@ class LanguageModel:
 
     # ------------------------------------------------------------------ the network
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits from last hidden states, float32. Shape: (M, d) -> (M, V)."""
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Raw logits from last hidden states, float32. A subclass may add to them. Shape: (M, d) -> (M, V)."""
         config = self.model.config.get_text_config()
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
         if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
@@ -197,7 +197,7 @@ class LanguageModel:
         for batch in length_buckets(lengths, TOKENS_PER_PASS):
             states = trunk_states(self.model.base_model, observations[batch], lengths[batch])
             last = torch.from_numpy(lengths[batch] - 1).to(self.device)
-            out[torch.from_numpy(batch)] = self._head(states[torch.arange(len(batch)), last])
+            out[torch.from_numpy(batch)] = self.head(states[torch.arange(len(batch)), last])
         return out
 
     # ------------------------------------------------------------------ the cache's guards
@@ -209,7 +209,8 @@ class LanguageModel:
     def _probed(self, length: int) -> bool:
         verdicts = _PROBED.setdefault(self.model, {})
         if length not in verdicts:
-            verdicts[length] = self._probe(length)
+            plain = LanguageModel(self.model, self.max_tokens, cached=True)  # a subclass may have another head
+            verdicts[length] = plain._probe(length)
         return verdicts[length]
 
     def _slots_for(self, lanes: int, width: int) -> _Slots:
@@ -327,7 +328,7 @@ class _Slots:
         lanes = np.flatnonzero(stale)
         self._pack(lanes)
         states = self._forward(lm, lanes, observations, lengths[lanes] - 1, lengths[lanes])
-        logits = lm._head(states[:, -1])
+        logits = lm.head(states[:, -1])
         if self.logits is None:
             self.logits = logits.new_zeros(len(self.length), logits.shape[-1])
         self.logits[torch.from_numpy(lanes).to(logits.device)] = logits
