@@ -111,6 +111,17 @@ class LanguageModel:
         return slots.logits.clone()
 
     @torch.no_grad()
+    def next_hidden(self, observations: NDArray[np.int64]) -> torch.Tensor:
+        """The last hidden states that `next_logits` reads; right after it, free. Shape: (N, L) -> (N, d)."""
+        observations = np.asarray(observations)
+        if not self._cache_serves(observations.shape[1]):
+            return self.last_hidden(observations)
+        self.next_logits(observations)
+        states = self._slots_for(*observations.shape).states
+        assert states is not None
+        return states.clone()
+
+    @torch.no_grad()
     def log_probs_all(self, observations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Log-probabilities of every next token under `behaviour`. Shape: (N, L) -> (N, V), nats."""
         logits = self.behaviour.logits(self.next_logits(observations), observations)
@@ -122,6 +133,26 @@ class LanguageModel:
         logits = self.behaviour.logits(self.next_logits(observations), observations)
         chosen = torch.as_tensor(actions, device=logits.device)
         return log_prob(logits, chosen).double().cpu().numpy()
+
+    # ------------------------------------------------------------------ states one by one, without a cache
+
+    def last_hidden(self, observations: NDArray[np.int64]) -> torch.Tensor:
+        """Last hidden states at each observation's last token, in passes over rows of like length. Differentiable.
+
+        For those who update on single states, as stable-baselines3 does: whole responses are cheaper (`response_hidden`).
+
+        Returns:
+            Shape: (N, L) -> (N, d).
+        """
+        lengths = (observations != self.vocab_size).sum(axis=1)
+        batches = list(length_buckets(lengths, TOKENS_PER_PASS))
+        states = []
+        for batch in batches:
+            last = torch.from_numpy(lengths[batch] - 1).to(self.device)
+            passed = trunk_states(self.model.base_model, observations[batch], lengths[batch])
+            states.append(passed[torch.arange(len(batch)), last])
+        back = torch.from_numpy(np.argsort(np.concatenate(batches))).to(self.device)
+        return torch.cat(states)[back]
 
     # ------------------------------------------------------------------ whole episodes, teacher-forced
 
@@ -192,13 +223,7 @@ class LanguageModel:
 
     def _encode(self, observations: NDArray[np.int64]) -> torch.Tensor:
         """Next-token logits with no cache: a full pass over each observation. Shape: (N, L) -> (N, V)."""
-        lengths = (observations != self.vocab_size).sum(axis=1)
-        out = torch.empty(len(observations), self.vocab_size, device=self.device)
-        for batch in length_buckets(lengths, TOKENS_PER_PASS):
-            states = trunk_states(self.model.base_model, observations[batch], lengths[batch])
-            last = torch.from_numpy(lengths[batch] - 1).to(self.device)
-            out[torch.from_numpy(batch)] = self.head(states[torch.arange(len(batch)), last])
-        return out
+        return self.head(self.last_hidden(observations))
 
     # ------------------------------------------------------------------ the cache's guards
 
@@ -310,6 +335,7 @@ class _Slots:
         self.length = np.zeros(lanes, np.int64)  # tokens whose keys and values are written
         self.row = np.arange(lanes)  # lane -> its row of the key/value tensors
         self.logits: torch.Tensor | None = None  # (N, V), after each lane's last token
+        self.states: torch.Tensor | None = None  # (N, d), what the logits are read from
         self.layers = [_SlotLayer(lanes, width) for _ in range(layers)]
 
     def follow(self, lm: LanguageModel, observations: NDArray[np.int64]) -> None:
@@ -328,10 +354,13 @@ class _Slots:
         lanes = np.flatnonzero(stale)
         self._pack(lanes)
         states = self._forward(lm, lanes, observations, lengths[lanes] - 1, lengths[lanes])
-        logits = lm.head(states[:, -1])
-        if self.logits is None:
+        states = states[:, -1]
+        logits = lm.head(states)
+        if self.logits is None or self.states is None:
             self.logits = logits.new_zeros(len(self.length), logits.shape[-1])
-        self.logits[torch.from_numpy(lanes).to(logits.device)] = logits
+            self.states = states.new_zeros(len(self.length), states.shape[-1])
+        rows = torch.from_numpy(lanes).to(logits.device)
+        self.logits[rows], self.states[rows] = logits, states
         self.tokens[lanes], self.length[lanes] = observations[lanes], lengths[lanes]
 
     def _forward(

@@ -280,6 +280,17 @@ def test_scoring_episodes_equals_scoring_token_by_token(architecture: str) -> No
         np.testing.assert_allclose(ours, expected + [0.0] * (8 - n), atol=1e-4)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_hidden_states_are_those_of_the_plain_model_with_the_cache_and_without(architecture: str, cached: bool) -> None:
+    model = tiny_model(architecture)
+    lm = LanguageModel(model, WIDTH, cached=cached)
+    rows = [[3, 4, 5], [6], list(range(3, 3 + WIDTH))]
+    with torch.no_grad():
+        expected = [model.base_model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+    for read in (lm.next_hidden, lm.last_hidden):
+        torch.testing.assert_close(read(observe(rows)).detach(), torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
 def test_the_memory_bound_on_a_pass_changes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, rng = LanguageModel(model, WIDTH), np.random.default_rng(0)
     prompt, response = rng.integers(1, 6, size=9), rng.integers(1, 7, size=9)
