@@ -263,19 +263,23 @@ def train_reward(flags: Sequence[str]) -> None:
         def progress(done: int, updates: int, loss: float) -> None:
             bar.update(shown, completed=done, total=updates, figures=f"loss {loss:.3f}")
 
-        with bar:
-            reward_model, report = train_reward_model(
-                options.rankings,
-                model=model,
-                tokenizer=tokenizer,
-                demonstrations=demonstrations,
-                epochs=options.epochs,
-                learning_rate=options.learning_rate,
-                batch_prompts=options.batch_prompts,
-                validation=validation,
-                seed=options.seed,
-                progress=progress,
-            )
+        try:
+            with bar:
+                reward_model, report = train_reward_model(
+                    options.rankings,
+                    model=model,
+                    tokenizer=tokenizer,
+                    demonstrations=demonstrations,
+                    epochs=options.epochs,
+                    learning_rate=options.learning_rate,
+                    batch_prompts=options.batch_prompts,
+                    validation=validation,
+                    seed=options.seed,
+                    progress=progress,
+                )
+        except KeyboardInterrupt:  # half a pass over the rankings makes half a reward model
+            print("\ntextenv: stopped; nothing was saved. The same command begins anew.", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         settings = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
         settings |= {name: _absolute(settings[name]) for name in ("rankings", "model", "demonstrations", "validation")}
         del settings["out"]

@@ -272,6 +272,20 @@ def test_other_rankings_can_validate_and_none_need_be_held_out(own, capsys):
     assert "ranked completions score 0" in capsys.readouterr().out
 
 
+def test_an_interrupted_reward_model_says_that_nothing_was_saved(own, capsys, monkeypatch):
+    def interrupted(*_, progress, **__):
+        progress(1, 10, 0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rewards.train_reward_model", interrupted)
+    before = sorted(path.name for path in own.iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        train_reward()
+    assert stopped.value.code == 130  # as of any program that Ctrl-C ends
+    assert "nothing was saved" in capsys.readouterr().err
+    assert sorted(path.name for path in own.iterdir()) == before
+
+
 @pytest.mark.filterwarnings("ignore:.*No reward= was given")
 def test_the_three_commands_of_the_recipe(own, capsys):
     tiny = ["--threads", "1", "--max-new-tokens", "4", "--num-envs", "4"]
