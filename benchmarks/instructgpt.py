@@ -18,24 +18,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
-import os
-import queue
-import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -45,6 +36,7 @@ from agents.optim import Muon
 from agents.pretraining import PretrainingConfig, language_model_loss, pretrain, silence_residual_branches
 from agents.rollout import run_prompts
 from benchmarks.records import write_json, write_text
+from benchmarks.stages import Advance, StagedRun, bar, replaced
 from rewards import RewardModel, train_reward_model
 from rewards.rankings import evaluate_reward_model
 from textenv.task import quiet_loading
@@ -53,12 +45,16 @@ from textenv.tasks.assistant.requests import Request, make_requests
 from textenv.tasks.assistant.task import assistant_tokenizer, prompt_rows, requests_of
 from textenv.tasks.assistant.text import MAX_RESPONSE_TOKENS, format_turns, pack
 
-STAGES = ("base", "sft", "rankings", "reward", "ppo", "judged")
+STAGES = {
+    "base": "a small Llama reads the web, lies and rudeness included",
+    "sft": "it imitates people's demonstrations",
+    "rankings": "simulated labelers rank its answers",
+    "reward": "a reward model learns from the rankings",
+    "ppo": "PPO against the reward model, held near sft by the KL; without and with pretraining text",
+    "judged": "the gold standard sees the answers, for the first time",
+}
 POLICIES = ("base", "few_shot", "sft", "ppo", "ppo_ptx")
 PTX_COEF = {"ppo": 0.0, "ppo_ptx": 0.5}
-
-Advance: TypeAlias = Callable[[float, str], None]
-"""Told the share that is done, in [0, 1], and a few figures."""
 
 
 @dataclass(frozen=True)
@@ -107,33 +103,19 @@ PPO_SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "episodes_per_update": 25
 """Of both PPO stages. Tried on earlier runs of seed 0, with a look at their gold scores (docs/results/assistant.md)."""
 
 
-class Recipe:
+class Recipe(StagedRun):
     """One run of the recipe, in a directory.
 
     Args:
         options: Seed, size, place.
     """
 
-    def __init__(self, options: DemoArguments) -> None:
-        self.options, self.size, self.out = options, SIZES[options.size], options.out
-        self.console = Console()
-        self.done: dict[str, Any] = {}
-        self._claim()
+    STAGES = STAGES
+    options: DemoArguments
 
-    def run(self) -> dict[str, Any]:
-        """Do what is not done yet; returns every stage's figures."""
-        for number, stage in enumerate(STAGES, 1):
-            if stage in self.done:
-                self.console.print(f"[dim]{number}/{len(STAGES)} {stage}: done before[/dim]")
-                continue
-            self.console.print(f"[bold]{number}/{len(STAGES)} {stage}[/bold]  {DESCRIPTIONS[stage]}")
-            begin = time.perf_counter()
-            figures = getattr(self, f"make_{stage}")()
-            self.done[stage] = {"seconds": round(time.perf_counter() - begin, 1), **figures}
-            write_json(self.out / "stages.json", self.done)
-            shown = "  ".join(f"{k} {v:.3g}" for k, v in self.done[stage].items() if isinstance(v, int | float))
-            self.console.print(f"    {shown}", highlight=False)
-        return self.done
+    def __init__(self, options: DemoArguments) -> None:
+        super().__init__(options)
+        self.size = SIZES[options.size]
 
     # ------------------------------------------------------------------ the stages, in order
 
@@ -326,39 +308,6 @@ class Recipe:
             advance(len(answers) / len(prompts), f"{len(answers):,} answers")
         return answers
 
-    def side_by_side(self, jobs: dict[str, tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
-        """Do jobs, which write their results to the run directory: at once where there are cores, else in turn."""
-        if self.options.cores < 2:
-            for name, (function, arguments) in jobs.items():
-                with bar(name) as advance:
-                    function(self, *arguments, advance)
-            return
-        context = multiprocessing.get_context("spawn")
-        told = context.Queue()
-        workers = [
-            context.Process(target=work, args=(self.options, told, name, *job), daemon=True)
-            for name, job in jobs.items()
-        ]
-        with progress_bars() as progress:
-            shown = {name: progress.add_task(name, total=1.0, figures="") for name in jobs}
-            try:
-                for worker in workers:
-                    worker.start()
-                while any(worker.is_alive() for worker in workers):
-                    try:
-                        name, share, figures = told.get(timeout=0.2)
-                    except queue.Empty:
-                        continue
-                    progress.update(shown[name], completed=share, figures=figures)
-            finally:  # Ctrl-C too
-                for worker in workers:
-                    worker.terminate()
-                    worker.join()
-            for name, worker in zip(jobs, workers, strict=True):
-                if worker.exitcode:
-                    raise RuntimeError(f"{name} failed (exit code {worker.exitcode}); what it said is above.")
-                progress.update(shown[name], completed=1.0)
-
     def test_answers(self, name: str, split: str, n: int) -> list[str]:
         """One answer per unseen request."""
         prompts: list[Any] = [request.prompt for request in requests_of(split)[:n]]
@@ -395,38 +344,6 @@ class Recipe:
         pairs = itertools.pairwise(labelers.TRAINING_LABELERS)
         agreement = float(np.mean([labelers.agreement(a, b, cases, rng) for a, b in pairs]))
         return {"requests": requests, "labeled": rows, "agreement": agreement}
-
-    def _claim(self) -> None:
-        """Take the directory, or go on in it; refuse one that another seed or size has begun."""
-        mine = {"seed": self.options.seed, "size": self.options.size}
-        settings, stages = self.out / "settings.json", self.out / "stages.json"
-        if settings.exists():
-            found = json.loads(settings.read_text())
-            if found != mine:
-                raise ValueError(
-                    f"{self.out} holds a run with {found}, not {mine}: choose another --out, or remove it."
-                )
-            self.done = json.loads(stages.read_text()) if stages.exists() else {}
-        else:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(settings, mine)
-
-
-DESCRIPTIONS = {
-    "base": "a small Llama reads the web, lies and rudeness included",
-    "sft": "it imitates people's demonstrations",
-    "rankings": "simulated labelers rank its answers",
-    "reward": "a reward model learns from the rankings",
-    "ppo": "PPO against the reward model, held near sft by the KL; without and with pretraining text",
-    "judged": "the gold standard sees the answers, for the first time",
-}
-
-
-def work(options: DemoArguments, told: Any, name: str, job: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """What a process of its own does: one job, on one core, telling how far it is."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this one
-    torch.set_num_threads(1)
-    job(Recipe(options), *arguments, lambda share, figures: told.put((name, share, figures)))
 
 
 def write_answers(recipe: Recipe, prompts: list[str], seed: int, name: str, advance: Advance) -> None:
@@ -553,35 +470,6 @@ def save(model: Any, path: Path) -> None:
     with replaced(path) as scratch, quiet_loading():
         model.save_pretrained(scratch)
         assistant_tokenizer().save_pretrained(scratch)
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A scratch directory that becomes `path` when all went well."""
-    scratch = path.with_name(f".{path.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    yield scratch
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(scratch, path)
-
-
-def progress_bars() -> Progress:
-    """Bars with time left and figures."""
-    return Progress(
-        TextColumn("    {task.description:13}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-
-
-@contextmanager
-def bar(what: str) -> Iterator[Advance]:
-    """One such bar; yields what to tell it by."""
-    with progress_bars() as progress:
-        task = progress.add_task(what, total=1.0, figures="")
-        yield lambda share, figures: progress.update(task, completed=share, figures=figures)
 
 
 def print_table(console: Console, rows: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch)
     for stage in STAGES:
         monkeypatch.setattr(Recipe, f"make_{stage}", lambda self, stage=stage: begun.append(stage) or {})
     Recipe(part).run()
-    assert begun == list(STAGES[1:])
+    assert begun == list(STAGES)[1:]
 
 
 def test_a_directory_of_another_seed_is_refused(run):
