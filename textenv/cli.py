@@ -487,15 +487,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load_agent(name: str) -> type[Any]:
-    """An agent class of ours by name, or anybody's as `module:Class`."""
+    """An agent class of ours by name, or anybody's as `file.py:Class` or `module:Class`."""
     from agents import AGENTS
 
     if ":" in name:
-        return load_object(name, "the agent")
+        agent_class: type[Any] = load_object(name, "the agent")
+        missing = [verb for verb in ("learn", "predict", "save", "load") if not hasattr(agent_class, verb)]
+        if missing:
+            raise UsageError(
+                f"{name} is no agent: it has no {', '.join(missing)}. Expected a class with learn, predict, save and load."
+            )
+        return agent_class
     if name not in AGENTS:
         known = [*AGENTS, REWARD_MODEL]
         raise UsageError(
-            f"Unknown agent {name!r}; there are {', '.join(known)}, or yours as module:Class.{did_you_mean(name, known)}"
+            f"Unknown agent {name!r}; there are {', '.join(known)}, or yours as file.py:Class.{did_you_mean(name, known)}"
         )
     return getattr(importlib.import_module(AGENTS[name]), name)
 

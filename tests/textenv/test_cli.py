@@ -128,6 +128,7 @@ def test_a_reward_of_ones_own_from_a_file(tmp_path):
         (["train", "PPO", "textenv/Arithmetic-v0", "--env-arg", "groupsize=2"], "Did you mean `group_size`?"),
         (["train", "PPO", "textenv/Arithmetic-v0", "--out", "nowhere", "--resume"], "Nothing to resume"),
         (["train", "my_module:Agent", "textenv/Arithmetic-v0"], "Cannot import"),
+        (["train", "agents:PPOConfig", "textenv/Arithmetic-v0"], "is no agent: it has no learn, predict, save, load"),
         (["eval", "nowhere"], "No checkpoint"),
         (["envs", "please"], "takes no arguments"),
         (["train", "rewardModel", "--rankings", "r.jsonl"], "Expected textenv train AGENT ENV"),
