@@ -133,7 +133,7 @@ class LanguageModelAgent:
         self.history: list[dict[str, float]] = []
         self._decay = 1.0  # of the learning rate, in this iteration
         self._target_timesteps = 0
-        self._seconds = 0.0
+        self._seconds = self._reward_seconds = 0.0
         self._before_rollout: dict[str, Any] | None = None  # progress at the last update, until the next
         self.logger: Logger = configure(str(log_dir) if log_dir else None, _formats(log_dir, verbose))
 
@@ -276,6 +276,7 @@ class LanguageModelAgent:
                 self.logger.record(name, float(np.nanmean(values)))
         self.logger.record("rollout/beta", self.lanes.kl.beta)
         if self.lanes.reward is not None:
+            self._reward_seconds += self.lanes.reward.pop_seconds()
             for name, value in self.lanes.reward.pop_metrics().items():
                 self.logger.record(f"reward/{name}", float(value))
 
@@ -409,6 +410,7 @@ class LanguageModelAgent:
             "num_timesteps": self.num_timesteps,
             "target_timesteps": self._target_timesteps,
             "seconds": self._seconds,
+            "reward_seconds": self._reward_seconds,
             "accounts": dict(self.accounts),
             "env": _as_tensors(self.lanes.get_state()),
         }
@@ -422,7 +424,8 @@ class LanguageModelAgent:
         self.rng.bit_generator.state = state["rng"]
         self._predict_rng.bit_generator.state = state["predict_rng"]
         self.num_timesteps, self._target_timesteps = state["num_timesteps"], state["target_timesteps"]
-        self._seconds, self.accounts = state["seconds"], dict.fromkeys(ACCOUNTS, 0) | state["accounts"]
+        self._seconds, self._reward_seconds = state["seconds"], state.get("reward_seconds", 0.0)
+        self.accounts = dict.fromkeys(ACCOUNTS, 0) | state["accounts"]
         env_state = _as_arrays(state["env"])
         if env_state["arrays"]["_tokens"].shape == (self.lanes.num_envs, self.lanes.max_tokens):
             self.lanes.set_state(env_state)
@@ -476,6 +479,8 @@ class Learning:
         self.agent.lanes.reference.invalidate()
         self.agent.decay_learning_rate()
         self.agent._before_rollout = self.agent._progress()
+        if self.agent.lanes.reward is not None:
+            self.agent.lanes.reward.pop_seconds()  # of an evaluation in between, say: not training's
         return True
 
     def on_step(self, tokens: int) -> None:
@@ -500,6 +505,7 @@ class Learning:
             agent.logger.record(f"time/{name}", value)
         agent.logger.record("time/timesteps", agent.num_timesteps)
         agent.logger.record("time/seconds", agent._seconds)
+        agent.logger.record("time/reward_seconds", agent._reward_seconds)
         logged = agent.logger.name_to_value.items()  # a callback may have recorded a picture or a text as well
         figures = {name: float(value) for name, value in logged if isinstance(value, int | float | np.number)}
         agent.history.append(figures)

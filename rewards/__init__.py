@@ -8,10 +8,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rewards.base import Batch, BoundReward, Completion, RewardError, RewardFunction, Scores, bind, completion_text
-from rewards.combine import WeightedSum
+from rewards.base import (
+    Batch,
+    BoundReward,
+    Combination,
+    Completion,
+    RewardError,
+    RewardFunction,
+    RewardTimeout,
+    Scores,
+    bind,
+    completion_text,
+)
+from rewards.calls import Cached, TimeLimit
+from rewards.combine import Clipped, Ensemble, Gate, MissingStop, Normalized, WeightedSum
 from rewards.testing import RewardCheck, check_reward
-from rewards.text import Distinct, LengthPenalty, Matches, contains, exact_match
+from rewards.text import Bleu, ChrF, Distinct, LengthPenalty, Matches, Rouge, contains, exact_match
+from rewards.verify import FinalAnswer, PassesTests, arithmetic, valid_json
 
 if TYPE_CHECKING:
     from rewards.learned import RewardModel
@@ -27,11 +40,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "Bleu",
     "BoundReward",
+    "Cached",
+    "ChrF",
+    "Clipped",
+    "Combination",
     "Completion",
     "Distinct",
+    "Ensemble",
+    "FinalAnswer",
+    "Gate",
     "LengthPenalty",
     "Matches",
+    "MissingStop",
+    "Normalized",
+    "PassesTests",
     "Ranking",
     "RankingMetrics",
     "RewardCheck",
@@ -39,8 +63,12 @@ __all__ = [
     "RewardFunction",
     "RewardModel",
     "RewardModelReport",
+    "RewardTimeout",
+    "Rouge",
     "Scores",
+    "TimeLimit",
     "WeightedSum",
+    "arithmetic",
     "bind",
     "check_reward",
     "completion_text",
@@ -50,6 +78,7 @@ __all__ = [
     "ranking_loss",
     "read_rankings",
     "train_reward_model",
+    "valid_json",
 ]
 
 _LAZY = {

@@ -20,14 +20,19 @@ import copy
 import difflib
 import functools
 import inspect
+import itertools
+import logging
 import math
 import numbers
 import os
 import threading
+import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, ClassVar, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -39,15 +44,27 @@ Completion: TypeAlias = str | list[dict[str, Any]]
 
 # What a trainer offers beside the columns. Not data, so never copied. (`environments` is TRL's alone; it gets
 # here only when a WeightedSum runs inside TRL.)
-_SERVICES = frozenset({"trainer_state", "log_extra", "log_metric", "environments"})
+SERVICES = frozenset({"trainer_state", "log_extra", "log_metric", "environments"})
 _DATA = ("prompts", "completions", "completion_ids")
-_KEYWORDS = (*_DATA, "trainer_state", "log_extra", "log_metric")
+# Ours alone, so given only to rewards that name it: what takes `**kwargs` gets exactly what TRL would give.
+_BY_NAME_ONLY = frozenset({"finish_reasons"})
+_KEYWORDS = (*_DATA, "trainer_state", "log_extra", "log_metric", *_BY_NAME_ONLY)
 # TRL withholds these columns: the plural keywords carry their content.
 _WITHHELD = frozenset({"prompt", "completion", "completion_ids"})
 
 
+PATIENCE = 60.0
+"""Seconds after which a reward that has not returned is named in a warning (and again after twice as many, and so on)."""
+
+_logger = logging.getLogger("rewards")
+
+
 class RewardError(ValueError):
     """A reward is written, combined or called wrongly; the message says which, where, and what to do."""
+
+
+class RewardTimeout(RewardError):
+    """A reward did not return within its time limit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +77,7 @@ class Batch:
         completion_ids: B lists of token ids, as the policy produced them.
         columns: Every other column of the prompt data set, B entries each.
         step: Environment steps so far; reaches the reward as ``trainer_state.global_step``.
+        finish_reasons: B times ``"stop"`` or ``"length"``, for rewards that name this parameter. TRL has no such thing.
 
     Raises:
         RewardError: The lists differ in length.
@@ -70,6 +88,7 @@ class Batch:
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     step: int = 0
+    finish_reasons: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name, values in self._lists():
@@ -85,6 +104,8 @@ class Batch:
     def _lists(self) -> Iterator[tuple[str, Sequence[Any]]]:
         yield "prompts", self.prompts
         yield "completion_ids", self.completion_ids
+        if self.finish_reasons is not None:
+            yield "finish_reasons", self.finish_reasons
         yield from self.columns.items()
 
 
@@ -93,8 +114,8 @@ class Scores:
     """What a reward says about a batch.
 
     Args:
-        total: The weighted sum of the components that apply. Finite. Shape: (B,), float64.
-        components: Name -> unweighted values of each component, nan where it does not apply. Shape: (B,).
+        total: What the reward as a whole pays. Finite. Shape: (B,), float64.
+        components: Name -> value of what goes by that name, before weights; nan where it does not apply. Shape: (B,).
     """
 
     total: np.ndarray
@@ -110,6 +131,63 @@ class TrainerState:
     """
 
     global_step: int = 0
+
+
+class Combination(ABC):
+    """A reward made of other rewards; it nests, and works wherever one function does, in TRL too.
+
+    A subclass names its parts and says how their values make one. Parts are called together, the async ones at the same
+    time. Each name reaches ``info["reward/<name>"]``, nested ones as ``outer/inner``; a part named ``""`` goes by the name of
+    the whole, and a function that has no name at all by its own.
+    """
+
+    conditional: ClassVar[bool] = False
+    """Whether the second part is called only for completions whose first part :meth:`passes`."""
+
+    @abstractmethod
+    def reward_parts(self) -> Iterator[tuple[str, RewardFunction]]:
+        """Yield (name, reward) of each part."""
+
+    @abstractmethod
+    def combine(self, values: np.ndarray) -> np.ndarray:
+        """Make one value of those of the parts.
+
+        Args:
+            values: nan where a part does not apply. Shape: (parts, B).
+
+        Returns:
+            The values of the whole, nan where it does not apply. Shape: (B,).
+        """
+
+    def passes(self, values: np.ndarray) -> np.ndarray:
+        """Where the second part is called, given the values of the first. Shape: (B,) -> (B,), bool."""
+        return np.ones(len(values), bool)
+
+    def __call__(
+        self,
+        completions: Sequence[Completion],
+        prompts: Sequence[Completion] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """Score completions, with the signature of every reward.
+
+        Args:
+            completions: B texts, or B lists of messages.
+            prompts: B prompts.
+            completion_ids: B lists of token ids.
+            **columns: Further columns of B entries, and what a trainer offers (``log_metric`` and so on).
+
+        Returns:
+            B values; ``None`` where the reward does not apply.
+
+        Raises:
+            RewardError: As :func:`rewards.bind` and the reward it makes.
+        """
+        arguments = {"completions": completions, "prompts": prompts, "completion_ids": completion_ids, **columns}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        total, _ = evaluate(read_reward(self, arguments), arguments)
+        return [None if math.isnan(value) else value for value in total.tolist()]
 
 
 def bind(reward: RewardFunction, columns: Iterable[str]) -> BoundReward:
@@ -136,7 +214,7 @@ def bind(reward: RewardFunction, columns: Iterable[str]) -> BoundReward:
             f"the prompts have a column `{clash[0]}`, but that keyword has a meaning of its own for rewards "
             f"({', '.join(f'`{known}`' for known in _KEYWORDS)} do); rename the column"
         )
-    return BoundReward(reward, read_components(reward, [*_KEYWORDS, *names]))
+    return BoundReward(reward, read_reward(reward, [*_KEYWORDS, *names]))
 
 
 class BoundReward:
@@ -145,15 +223,17 @@ class BoundReward:
     Reusable; picklable and deep-copyable when the functions in it are.
 
     Attributes:
-        names: The components, in order: the keys of the ``WeightedSum``, or the name of the one function.
+        names: The components, in order: the keys of a ``WeightedSum``, or the name of the one function.
         extras: What the rewards handed to ``log_extra`` for the latest batch: column -> values.
+        seconds: Wall-clock time spent in calls since :meth:`pop_seconds` was last called.
     """
 
-    def __init__(self, reward: RewardFunction, components: tuple[Component, ...]) -> None:
+    def __init__(self, reward: RewardFunction, component: Component) -> None:
         self.reward = reward
-        self.components = components
-        self.names: tuple[str, ...] = tuple(component.name for component in components)
+        self.component = component
+        self.names: tuple[str, ...] = component.names()
         self.extras: dict[str, list[Any]] = {}
+        self.seconds = 0.0
         self._metric_sums: dict[str, tuple[float, int]] = {}
 
     def __repr__(self) -> str:
@@ -173,19 +253,20 @@ class BoundReward:
                 completion, or every component returned ``None`` for some completion.
         """
         log = _Log()
-        values = score_components(
-            self.components,
-            {
-                **{name: column for name, column in batch.columns.items() if name not in _WITHHELD},
-                "prompts": batch.prompts,
-                "completions": batch.completions,
-                "completion_ids": batch.completion_ids,
-                "trainer_state": TrainerState(batch.step),
-                "log_extra": log.extra,
-                "log_metric": log.metric,
-            },
-        )
-        total = weighted_total(self.components, values)
+        arguments = {
+            **{name: column for name, column in batch.columns.items() if name not in _WITHHELD},
+            "prompts": batch.prompts,
+            "completions": batch.completions,
+            "completion_ids": batch.completion_ids,
+            "trainer_state": TrainerState(batch.step),
+            "log_extra": log.extra,
+            "log_metric": log.metric,
+        }
+        if batch.finish_reasons is not None:
+            arguments["finish_reasons"] = batch.finish_reasons
+        started = time.perf_counter()
+        total, components = evaluate(self.component, arguments)
+        self.seconds += time.perf_counter() - started
         for index in np.flatnonzero(np.isnan(total)):
             raise RewardError(
                 f"every reward ({', '.join(self.names)}) returned None for "
@@ -193,12 +274,17 @@ class BoundReward:
                 "'does not apply': add a reward that applies to this prompt, or remove the prompt"
             )
         self._keep(log)
-        return Scores(total, dict(zip(self.names, values, strict=True)))
+        return Scores(total, components)
 
     @property
     def metrics(self) -> dict[str, float]:
         """Mean of each metric handed to ``log_metric`` since :meth:`pop_metrics` was last called."""
         return {name: total / count for name, (total, count) in self._metric_sums.items()}
+
+    def pop_seconds(self) -> float:
+        """Return :attr:`seconds` and start anew."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
     def pop_metrics(self) -> dict[str, float]:
         """Return :attr:`metrics` and start anew."""
@@ -234,21 +320,35 @@ class _Log:
 
 @dataclass(frozen=True)
 class Component:
-    """One plain reward function with its place in the sum.
+    """A reward with its place among others: a function, or a combination and its parts.
 
     Args:
         name: Shown in messages and in ``info["reward/<name>"]``.
+        reported: Whether it reaches the info: not if what it is a part of goes by the same name.
         function: The reward.
-        weight: Factor in the sum.
         parameters: Keywords to call it with; ``None`` if it takes everything (``**kwargs``).
         required: Those without a default.
+        parts: Of a combination.
     """
 
     name: str
+    reported: bool
     function: RewardFunction
-    weight: float
-    parameters: tuple[str, ...] | None
-    required: tuple[str, ...]
+    parameters: tuple[str, ...] | None = None
+    required: tuple[str, ...] = ()
+    parts: tuple[Component, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        """What is reported, from the outside in."""
+        inner = itertools.chain.from_iterable(part.names() for part in self.parts)
+        return (*([self.name] if self.reported else []), *inner)
+
+    def certain(self) -> Iterator[Component]:
+        """The functions that are called for every completion: all but those behind a gate."""
+        if not isinstance(self.function, Combination):
+            yield self
+        for part in self.parts[:1] if getattr(self.function, "conditional", False) else self.parts:
+            yield from part.certain()
 
 
 def reward_name(reward: RewardFunction) -> str:
@@ -258,25 +358,52 @@ def reward_name(reward: RewardFunction) -> str:
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
-def read_components(reward: RewardFunction, available: Iterable[str]) -> tuple[Component, ...]:
-    """Split a reward into plain functions and check each of them against the keywords at hand.
+def read_reward(reward: RewardFunction, available: Iterable[str]) -> Component:
+    """Take a reward apart, and check each function in it against the keywords at hand.
 
     Args:
-        reward: A plain reward, or an object whose ``reward_components()`` yields (name, function, weight).
+        reward: A function, a callable object, or a :class:`Combination`.
         available: Every keyword that a call will offer.
 
     Returns:
-        The components, nested sums flattened: ``outer/inner``, with the product of the weights.
+        The component that is the whole.
 
     Raises:
         RewardError: See :func:`bind`.
     """
-    available = list(available)
-    components = tuple(_read(name, function, weight, available) for name, function, weight in _leaves(reward))
-    names = [component.name for component in components]
+    component = _read(reward, "", "", list(available))
+    names = component.names()
     if twice := [name for name in names if names.count(name) > 1]:
         raise RewardError(f"two rewards are both called {twice[0]!r}; rename one of them")
-    return components
+    return component
+
+
+_PLURALS = {"prompt": "prompts", "completion": "completions", "finish_reason": "finish_reasons"}
+
+
+def read_examples(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The keywords that a reward is called with, from examples written by hand.
+
+    Args:
+        examples: Mappings with ``prompt``, ``completion`` and whatever columns the reward reads; ``completion_ids`` and
+            ``finish_reason`` if it reads those.
+
+    Returns:
+        Keyword -> one entry per example (copies), and the services of a trainer, which do nothing.
+
+    Raises:
+        RewardError: An example has other entries than the first.
+    """
+    names = set(examples[0]) if examples else {"prompt", "completion"}
+    for number, example in enumerate(examples):
+        if set(example) != names or not {"prompt", "completion"} <= names:
+            raise RewardError(
+                f"example {number} has the entries {sorted(example)}; expected `prompt`, `completion` and the "
+                f"same columns in each (the first has {sorted(names)})"
+            )
+    columns = {_PLURALS.get(name, name): [_fresh(example[name]) for example in examples] for name in sorted(names)}
+    services = {"log_extra": lambda column, values: None, "log_metric": lambda name, value: None}
+    return {**columns, "trainer_state": TrainerState(), **services}
 
 
 def check_is_reward(reward: object, name: str | None = None) -> None:
@@ -308,20 +435,21 @@ def check_is_reward(reward: object, name: str | None = None) -> None:
     raise RewardError(f"{expected}; got {shorten(repr(reward))} ({type(reward).__name__}). Remedy: {remedy}")
 
 
-def _leaves(reward: RewardFunction) -> Iterator[tuple[str, RewardFunction, float]]:
-    check_is_reward(reward)
-    combined = getattr(reward, "reward_components", None)
-    if combined is None:
-        yield reward_name(reward), reward, 1.0
-    else:
-        yield from combined()
+def _read(reward: RewardFunction, own: str, outer: str, available: list[str]) -> Component:
+    """Read a reward called ``own`` in something called ``outer``."""
+    check_is_reward(reward, own or None)
+    path = f"{outer}/{own}" if own and outer else own or outer
+    if isinstance(reward, Combination):
+        parts = tuple(_read(part, name, path, available) for name, part in reward.reward_parts())
+        return Component(path, reported=bool(own), function=reward, parts=parts)
+    return _read_function(path or reward_name(reward), bool(own) or not path, reward, available)
 
 
-def _read(name: str, function: RewardFunction, weight: float, available: list[str]) -> Component:
+def _read_function(name: str, reported: bool, function: RewardFunction, available: list[str]) -> Component:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some callables written in C have none to read; offer them everything
-        return Component(name, function, weight, None, ())
+        return Component(name, reported, function)
     parameters: list[str] = []
     required: list[str] = []
     takes_everything = False
@@ -347,7 +475,9 @@ def _read(name: str, function: RewardFunction, weight: float, available: list[st
                     f"reward {name!r} is a functools.partial that sets `{preset}`, and rewards are also "
                     f"given `{preset}`; rename the parameter, or the column if it is one"
                 )
-    return Component(name, function, weight, None if takes_everything else tuple(parameters), tuple(required))
+    named = _BY_NAME_ONLY & set(parameters)  # a reward that takes everything must name it all the same
+    taken = None if takes_everything and not named else tuple([*available, *named] if takes_everything else parameters)
+    return Component(name, reported, function, taken, tuple(required))
 
 
 def _refuse_parameter(name: str, parameter: str, available: list[str]) -> NoReturn:
@@ -363,58 +493,90 @@ def _refuse_parameter(name: str, parameter: str, available: list[str]) -> NoRetu
 # ----------------------------------------------------------------------------------------------------
 
 
-def score_components(components: Sequence[Component], arguments: Mapping[str, Any]) -> list[np.ndarray]:
-    """Call every component, the async ones at the same time, and check what they return.
+def evaluate(component: Component, arguments: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Score a batch.
 
     Args:
-        components: From :func:`read_components`.
+        component: From :func:`read_reward`.
         arguments: Every keyword on offer: ``completions`` and the other lists of B entries, and the services.
 
     Returns:
-        For each component its values, nan for ``None``. Shape: (B,) each, float64.
+        What the reward pays, nan where it does not apply; and name -> values of all that is reported. Shape: (B,) each.
 
     Raises:
-        RewardError: A component raised, or returned something else than B finite floats or ``None``s.
+        RewardError: A function raised, or returned something else than B finite floats or ``None``s, or a combination
+            of them overflows.
     """
+    functions = list(component.certain())
+    called = dict(zip(map(id, functions), _call(functions, arguments), strict=True))
+    report: dict[str, np.ndarray] = {}
+    total = _resolve(component, arguments, called, report)
+    return total, {name: report[name] for name in component.names()}
+
+
+def _resolve(
+    component: Component, arguments: Mapping[str, Any], called: Mapping[int, np.ndarray], report: dict[str, np.ndarray]
+) -> np.ndarray:
+    """Values of a component whose certain functions have been called. Shape: (B,)."""
+    reward = component.function
+    if not isinstance(reward, Combination):
+        values = called[id(component)]
+    else:
+        certain = component.parts[:1] if reward.conditional else component.parts
+        parts = [_resolve(part, arguments, called, report) for part in certain]
+        if reward.conditional:
+            parts.append(_evaluate_rows(component.parts[1], arguments, reward.passes(parts[0]), report))
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = reward.combine(np.stack(parts))
+        if np.isinf(values).any():
+            what = f"reward {component.name!r}" if component.name else "the reward as a whole"
+            raise RewardError(f"{what} overflows; expected finite totals. Scale the rewards down")
+    if component.reported:
+        report[component.name] = values
+    return values
+
+
+def _evaluate_rows(
+    component: Component, arguments: Mapping[str, Any], rows: np.ndarray, report: dict[str, np.ndarray]
+) -> np.ndarray:
+    """Evaluate a component for some completions only; nan for the others. Shape: (B,), (B,) bool -> (B,)."""
+    chosen = np.flatnonzero(rows)
+    some, named = evaluate(component, _take(arguments, chosen)) if len(chosen) else (np.empty(0), {})
+    for name in component.names():
+        report[name] = np.full(len(rows), np.nan)
+        report[name][chosen] = named.get(name, [])
+    values = np.full(len(rows), np.nan)
+    values[chosen] = some
+    return values
+
+
+def _take(arguments: Mapping[str, Any], rows: Iterable[int]) -> dict[str, Any]:
+    """The arguments of some completions."""
+    rows = list(rows)
+    return {name: value if name in SERVICES else [value[row] for row in rows] for name, value in arguments.items()}
+
+
+def _call(functions: Sequence[Component], arguments: Mapping[str, Any]) -> list[np.ndarray]:
+    """Call functions, the async ones at the same time, and check what they return. Shape: (B,) each, nan for None."""
     completions = arguments["completions"]
     if not len(completions):
-        return [np.empty(0) for _ in components]
-    for component in components:
-        if missing := [name for name in component.required if name not in arguments]:
+        return [np.empty(0) for _ in functions]
+    for function in functions:
+        if missing := [name for name in function.required if name not in arguments]:
             raise RewardError(
-                f"reward {component.name!r} needs the column `{missing[0]}`, which this batch lacks; "
+                f"reward {function.name!r} needs the column `{missing[0]}`, which this batch lacks; "
                 "expected the columns that the reward was bound to"
             )
-    outcomes = settle([_attempt(component, arguments) for component in components])
-    for component, outcome in zip(components, outcomes, strict=True):
+    outcomes = [_attempt(function, arguments) for function in functions]
+    waiting = [f.name for f, outcome in zip(functions, outcomes, strict=True) if inspect.isawaitable(outcome)]
+    with _watched(", ".join(waiting), completions):
+        outcomes = settle(outcomes)
+    for function, outcome in zip(functions, outcomes, strict=True):
         if isinstance(outcome, BaseException):
-            _blame(component, outcome, arguments)
+            _blame(function, outcome, arguments)
     return [
-        _to_array(component.name, outcome, completions) for component, outcome in zip(components, outcomes, strict=True)
+        _to_array(function.name, outcome, completions) for function, outcome in zip(functions, outcomes, strict=True)
     ]
-
-
-def weighted_total(components: Sequence[Component], values: Sequence[np.ndarray]) -> np.ndarray:
-    """Sum the components that apply, as TRL does.
-
-    Args:
-        components: The components.
-        values: Their values, nan where one does not apply. Shape: (B,) each.
-
-    Returns:
-        The weighted sum; nan where no component applies. Shape: (B,).
-
-    Raises:
-        RewardError: A sum overflows.
-    """
-    stacked = np.stack(values)  # (components, B)
-    applies = ~np.isnan(stacked)
-    weights = np.array([component.weight for component in components])
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = weights @ np.where(applies, stacked, 0.0)
-    if not np.isfinite(total).all():
-        raise RewardError("the weighted sum of the rewards overflows; expected finite totals. Scale the rewards down")
-    return np.where(applies.any(axis=0), total, np.nan)
 
 
 def completion_text(completion: Completion) -> str:
@@ -438,16 +600,70 @@ def completion_text(completion: Completion) -> str:
 
 def _attempt(component: Component, arguments: Mapping[str, Any]) -> Any:
     """Call a component with copies; return its result (awaitable, if it is async) or its exception."""
-    keywords = arguments if component.parameters is None else component.parameters
+    everything = [name for name in arguments if name not in _BY_NAME_ONLY]
+    keywords = everything if component.parameters is None else component.parameters
     copies = {
-        name: arguments[name] if name in _SERVICES else _fresh(arguments[name])
-        for name in keywords
-        if name in arguments
+        name: arguments[name] if name in SERVICES else _fresh(arguments[name]) for name in keywords if name in arguments
     }
+    with _watched(component.name, arguments["completions"]):
+        try:
+            return component.function(**copies)
+        except Exception as error:
+            return error
+
+
+@dataclass
+class _Wait:
+    """A call that has not returned."""
+
+    name: str
+    completions: Sequence[Completion]
+    since: float = field(default_factory=time.monotonic)
+    patience: float = field(default_factory=lambda: PATIENCE)
+
+
+_waits: dict[int, _Wait] = {}  # by thread
+
+
+@contextmanager
+def _watched(name: str, completions: Sequence[Completion]) -> Iterator[None]:
+    """Have a reward that does not return named, instead of a run that stands still without a word."""
+    _watcher(os.getpid())
+    thread = threading.get_ident()
+    outer = _waits.get(thread)  # a combination that is called inside a reward
+    _waits[thread] = _Wait(name, completions)
     try:
-        return component.function(**copies)
-    except Exception as error:
-        return error
+        yield
+    finally:
+        if outer is None:
+            del _waits[thread]
+        else:
+            _waits[thread] = outer
+
+
+@functools.cache
+def _watcher(process: int) -> threading.Thread:
+    """One thread per process, since starting one per call would cost more than most rewards do."""
+    thread = threading.Thread(target=_watch, name="rewards-watcher", daemon=True)
+    thread.start()
+    return thread
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(min(1.0, PATIENCE / 4))
+        for wait in list(_waits.values()):
+            waited = time.monotonic() - wait.since
+            if waited > wait.patience:
+                wait.patience *= 2
+                _logger.warning(
+                    "reward %r has not returned after %.0f s, on a batch of %d that starts with %s. Ctrl-C stops the run; "
+                    "rewards.TimeLimit(reward, seconds) would do so by itself",
+                    wait.name,
+                    waited,
+                    len(wait.completions),
+                    _show(wait.completions, 0),
+                )
 
 
 def _fresh(value: Any) -> Any:
@@ -497,13 +713,17 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
 def _blame(component: Component, error: BaseException, arguments: Mapping[str, Any]) -> NoReturn:
     """Raise a RewardError that says which completion made a component raise."""
     completions = arguments["completions"]
+    if isinstance(error, RewardTimeout):  # asking for each completion would take as long again
+        raise RewardTimeout(
+            f"reward {component.name!r} {error}, on a batch of {len(completions)} that starts with "
+            f"{_show(completions, 0)}; expected it to return. Remedy: see where it waits (a request without a timeout?), or "
+            "allow more time"
+        ) from error
     what = f"reward {component.name!r} raised {type(error).__name__}: {error}"
     expected = "expected one float (or None) per completion"
     log = _Log()
     for index in range(len(completions)):
-        single = {
-            name: value if name in _SERVICES else value[index : index + 1] for name, value in arguments.items()
-        } | {"log_extra": log.extra, "log_metric": log.metric}
+        single = _take(arguments, [index]) | {"log_extra": log.extra, "log_metric": log.metric}
         if len(completions) > 1:
             (outcome,) = settle([_attempt(component, single)])
             if not isinstance(outcome, BaseException):

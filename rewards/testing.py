@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from rewards.base import (
+    Combination,
+    Component,
     RewardError,
     RewardFunction,
-    TrainerState,
-    read_components,
-    score_components,
-    settle,
-    weighted_total,
+    evaluate,
+    read_examples,
+    read_reward,
+    shorten,
 )
-
-_PLURALS = {"prompt": "prompts", "completion": "completions"}
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,22 @@ def check_reward(
     *,
     independent: bool = True,
     tolerance: float = 1e-5,
+    max_seconds: float | None = None,
 ) -> RewardCheck:
     """Check that a reward behaves as an environment, and TRL, rely on.
 
-    It must fit the columns, return one finite float (or ``None``) per completion, return the same again, and leave
-    its arguments as they were; and the score of a completion must not depend on the others in the batch or on their
-    order.
+    It must fit the columns, return one finite float (or ``None``) per completion, return the same again, leave its arguments
+    as they were, and print nothing; and the score of a completion must not depend on the others in the batch, on their
+    order, or on how long they are (a model that pads a batch to its longest text is the usual culprit).
 
     Args:
         reward: The reward.
-        examples: Mappings with ``prompt``, ``completion`` and whatever columns the reward reads; ``completion_ids``
-            if it reads those. Two at least; odd ones (empty, very long) find more.
+        examples: Mappings with ``prompt``, ``completion`` and whatever columns the reward reads; ``completion_ids`` or
+            ``finish_reason`` if it reads those. Two at least; odd ones (empty, very long) find more.
         independent: Set to False for a reward that compares the completions of a batch on purpose.
         tolerance: Largest difference between two scores that count as equal. Not for nothing: batched matrix
             products of another shape round differently.
+        max_seconds: Longest acceptable time for all examples in one call; None for any.
 
     Returns:
         Scores and timings.
@@ -75,82 +79,83 @@ def check_reward(
     """
     if len(examples) < 2:
         raise RewardError(f"check_reward got {len(examples)} examples; expected at least two, to compare")
-    columns = set(examples[0])
-    for number, example in enumerate(examples):
-        if set(example) != columns or not {"prompt", "completion"} <= columns:
-            raise RewardError(
-                f"example {number} has the entries {sorted(example)}; expected `prompt`, `completion` and the "
-                f"same columns in each (the first has {sorted(columns)})"
-            )
-    check = _Check(reward, examples)
-    everything = list(range(len(examples)))
+    complaints: list[str] = []
+    component = _watched(read_reward(reward, read_examples(examples)), complaints)
+    name = ", ".join(component.names())
 
-    started = time.perf_counter()
-    scores = check.score(everything)
-    seconds_per_batch = time.perf_counter() - started
-    check.compare(scores, check.score(everything), tolerance, "is not deterministic: a second call", "seed it")
-    check.leaves_arguments_alone()
-    started = time.perf_counter()
-    singles = np.concatenate([check.score([index]) for index in everything])
-    seconds_per_completion = (time.perf_counter() - started) / len(examples)
-    if independent:
-        remedy = "let each score depend on its own completion alone, or pass independent=False"
-        check.compare(scores, singles, tolerance, "depends on the batch: alone, the completion", remedy)
-        backwards = check.score(everything[::-1])[::-1]
-        check.compare(scores, backwards, tolerance, "depends on the order: in reverse, the completion", remedy)
-    return RewardCheck(
-        names=tuple(component.name for component in check.components),
-        scores=tuple(float(value) for value in scores),
-        seconds_per_batch=seconds_per_batch,
-        seconds_per_completion=seconds_per_completion,
-    )
+    def score(indices: Sequence[int]) -> np.ndarray:
+        scores, _ = evaluate(component, read_examples([examples[index] for index in indices]))
+        if complaints:
+            raise RewardError(complaints[0])
+        return scores
 
-
-class _Check:
-    """A reward and its examples."""
-
-    def __init__(self, reward: RewardFunction, examples: Sequence[Mapping[str, Any]]) -> None:
-        self.examples = examples
-        self.components = read_components(reward, self.arguments([0]))
-
-    def arguments(self, indices: Sequence[int]) -> dict[str, Any]:
-        columns = {
-            _PLURALS.get(name, name): [copy.deepcopy(self.examples[index][name]) for index in indices]
-            for name in self.examples[0]
-        }
-        return {
-            **columns,
-            "trainer_state": TrainerState(),
-            "log_extra": lambda column, values: None,
-            "log_metric": lambda name, value: None,
-        }
-
-    def score(self, indices: Sequence[int]) -> np.ndarray:
-        arguments = self.arguments(indices)
-        return weighted_total(self.components, score_components(self.components, arguments))
-
-    def compare(self, first: np.ndarray, second: np.ndarray, tolerance: float, what: str, remedy: str) -> None:
-        names = ", ".join(component.name for component in self.components)
-        for example, a, b in zip(self.examples, first.tolist(), second.tolist(), strict=True):
+    def compare(first: np.ndarray, second: np.ndarray, what: str, remedy: str) -> None:
+        for example, a, b in zip(examples, first.tolist(), second.tolist(), strict=True):
             if not (abs(a - b) <= tolerance or (math.isnan(a) and math.isnan(b))):
                 raise RewardError(
-                    f"reward {names!r} {what} {str(example['completion'])[:100]!r} scored {b}, not {a}; expected "
+                    f"reward {name!r} {what} {str(example['completion'])[:100]!r} scored {b}, not {a}; expected "
                     f"equal scores. Remedy: {remedy}"
                 )
 
-    def leaves_arguments_alone(self) -> None:
-        for component in self.components:
-            arguments = self.arguments(range(len(self.examples)))
-            before = copy.deepcopy({name: value for name, value in arguments.items() if isinstance(value, list)})
-            # score_components hands out copies; call the function itself, with what it may not change
-            keywords = arguments if component.parameters is None else component.parameters
-            settle([component.function(**{name: arguments[name] for name in keywords if name in arguments})])
-            for name, value in before.items():
-                if not _equal(arguments[name], value):
-                    raise RewardError(
-                        f"reward {component.name!r} changes its argument `{name}`; expected it unchanged, since TRL "
-                        "hands the same lists to the next reward. Remedy: work on a copy"
-                    )
+    everything = list(range(len(examples)))
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        score(everything)  # models and caches are loaded by the first call, which is not timed
+        started = time.perf_counter()
+        scores = score(everything)
+        seconds_per_batch = time.perf_counter() - started
+        compare(scores, score(everything), "is not deterministic: another call", "seed it")
+        started = time.perf_counter()
+        singles = np.concatenate([score([index]) for index in everything])
+        seconds_per_completion = (time.perf_counter() - started) / len(examples)
+        if independent:
+            remedy = "let each score depend on its own completion alone, or pass independent=False"
+            compare(
+                scores, singles, "depends on the batch: alone, the completion", f"{remedy}. A model: mind its padding"
+            )
+            compare(scores, score(everything[::-1])[::-1], "depends on the order: in reverse, the completion", remedy)
+    if text := printed.getvalue():
+        raise RewardError(
+            f"reward {name!r} prints {shorten(text.strip())!r}; expected silence: it is called thousands of times. Remedy: hand "
+            "what you want to see to log_metric(name, value) or log_extra(column, values), which are offered as parameters"
+        )
+    if max_seconds is not None and seconds_per_batch > max_seconds:
+        raise RewardError(
+            f"reward {name!r} took {seconds_per_batch:.3g} s for {len(examples)} completions; expected at most "
+            f"{max_seconds:.3g} s. Remedy: work on the whole batch at once, or see rewards.Cached"
+        )
+    return RewardCheck(component.names(), tuple(scores.tolist()), seconds_per_batch, seconds_per_completion)
+
+
+def _watched(component: Component, complaints: list[str]) -> Component:
+    """The same reward; what a function in it changes of its arguments is added to the complaints."""
+    function = component.function
+    if isinstance(function, Combination):
+        return replace(component, parts=tuple(_watched(part, complaints) for part in component.parts))
+
+    def watched(**keywords: Any) -> Any:
+        before = {name: copy.deepcopy(value) for name, value in keywords.items() if isinstance(value, list)}
+
+        def compare() -> None:
+            complaints.extend(
+                f"reward {component.name!r} changes its argument `{name}`; expected it unchanged, since TRL hands the same "
+                "lists to the next reward. Remedy: work on a copy"
+                for name, value in before.items()
+                if not _equal(keywords[name], value)
+            )
+
+        async def wait(returned: Any) -> Any:
+            settled = await returned
+            compare()
+            return settled
+
+        returned = function(**keywords)
+        if inspect.isawaitable(returned):
+            return wait(returned)
+        compare()
+        return returned
+
+    return replace(component, function=watched)
 
 
 def _equal(a: Any, b: Any) -> bool:

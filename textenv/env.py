@@ -26,7 +26,7 @@ from textenv.kl import AdaptiveKL, Controller, KLPenalty, PolicyLike
 from textenv.ledger import Episodes, Ledger
 from textenv.lm import LanguageModel
 from textenv.prompts import PromptStream
-from textenv.render import render_episode
+from textenv.render import outcome_text, render_episode
 from textenv.sampling import ActionMask, Behaviour
 from textenv.task import Task
 
@@ -115,6 +115,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         self._kl = np.zeros(n)
         self._ref_log_prob = np.zeros(n)
         self._token_rewards = np.zeros((n, task.max_new_tokens))  # for render()
+        self._outcomes = [""] * n  # for render(): what the reward said of the lane's episode, once it has ended
         self._done = np.ones(n, bool)  # before the first reset every lane needs one
         self._was_reset = np.zeros(n, bool)
         self._steps = 0
@@ -233,7 +234,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             self._prompt_id[lane], self._group_id[lane] = prompt_id, group_id
             self._beta[lane] = self.kl.beta
             self._kl[lane] = self._ref_log_prob[lane] = 0.0
-            self._token_rewards[lane] = 0.0
+            self._token_rewards[lane], self._outcomes[lane] = 0.0, ""
             self._done[lane], self._was_reset[lane] = False, True
             if self._ledger is not None:
                 self._ledger.start(lane, prompt_id, group_id, len(prompt), self._beta[lane])
@@ -375,6 +376,11 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             self.kl.controller.observe(self._kl[finished])
         if self.kl.kind == "reference":
             columns["ref_log_prob"] = self._ref_log_prob
+        if self.render_mode is not None:
+            for row, lane in enumerate(finished):
+                components = {name: float(values[row]) for name, values in scores.components.items()}
+                kl = float(self._kl[lane]) if self.kl.policy is not None else None
+                self._outcomes[lane] = outcome_text(float(scores.total[row]), components, kl)
         info = self._end_info(ended, columns)
         for name, values in scores.components.items():
             known = np.zeros(self.num_envs, bool)
@@ -399,6 +405,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
                 completion_ids=ids,
                 columns={name: [values[i] for i in prompt_id] for name, values in prompts.columns.items()},
                 step=self._steps,
+                finish_reasons=["stop" if row[-1] in self.task.stop_tokens else "length" for row in ids],
             )
         )
 
@@ -569,6 +576,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
                 )
         for name in self._STATE:
             getattr(self, name)[:] = arrays[name]
+        self._outcomes = [""] * self.num_envs
         self._streams = [
             PromptStream(taken.copy(), old.repeats, base, list(pending))
             for old, (taken, base, pending) in zip(self._streams, state["streams"], strict=True)
@@ -584,7 +592,10 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         self._steps = state["steps"]
 
     def render(self) -> tuple[str, ...] | None:
-        """The lanes' texts, tokens coloured by reward (`"ansi"`). In `"human"` mode tokens print as they come."""
+        """The lanes' texts, tokens coloured by reward (`"ansi"`); an episode that has ended, with what each reward said of it.
+
+        In `"human"` mode tokens print as they come.
+        """
         if self.render_mode is None:
             gym.logger.warn(
                 "render() was called on an environment without a render_mode; make it with render_mode='ansi' or 'human'."
@@ -596,6 +607,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
                 self._tokens[lane, : self._length[lane]],
                 int(self._prompt_length[lane]),
                 self._token_rewards[lane],
+                outcome=self._outcomes[lane],
             )
             for lane in range(self.num_envs)
         )
@@ -607,7 +619,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             if self.num_envs == 1 or self._done[lane]:
                 tokens, m = self._tokens[lane, : self._length[lane]], int(self._prompt_length[lane])
                 since = max(m, len(tokens) - 1) if self.num_envs == 1 and len(tokens) > m else 0
-                text = render_episode(self.tokenizer, tokens, m, self._token_rewards[lane], since)
+                text = render_episode(self.tokenizer, tokens, m, self._token_rewards[lane], since, self._outcomes[lane])
                 sys.stdout.write(text + ("\n" if self._done[lane] else ""))
         sys.stdout.flush()
 

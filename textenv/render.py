@@ -32,12 +32,20 @@ def token_texts(tokenizer: Any, tokens: NDArray[np.int64]) -> list[str]:
     return texts
 
 
+def outcome_text(task_reward: float, components: dict[str, float], kl: float | None) -> str:
+    """What an episode was worth: `[reward 0.8: match 1, brief -2; KL 0.31 nats]`. Components that do not apply are left out."""
+    named = ", ".join(f"{name} {value:.3g}" for name, value in components.items() if not np.isnan(value))
+    penalty = "" if kl is None else f"; KL {kl:.3g} nats"
+    return f"[reward {task_reward:.3g}{': ' if named else ''}{named}{penalty}]"
+
+
 def render_episode(
     tokenizer: Any,
     tokens: NDArray[np.int64],
     prompt_length: int,
     rewards: NDArray[np.float64],
     since: int = 0,
+    outcome: str = "",
 ) -> str:
     """An episode as coloured text.
 
@@ -47,6 +55,7 @@ def render_episode(
         prompt_length: Tokens of the prompt, shown dim.
         rewards: Of each response token. Shape: (T,), T >= n - prompt_length.
         since: Show tokens from here on only.
+        outcome: Shown dim at the end; see `outcome_text`.
     """
     texts = token_texts(tokenizer, tokens)
     response = rewards[: max(0, len(tokens) - prompt_length)]
@@ -55,4 +64,6 @@ def render_episode(
     for text, reward in list(zip(texts[prompt_length:], response, strict=True))[max(0, since - prompt_length) :]:
         paint = colour(float(reward), scale)
         parts.append(f"{paint}{text}{RESET}" if paint else text)
+    if outcome:
+        parts.append(f"{DIM}  {outcome}{RESET}")
     return "".join(parts)

@@ -46,7 +46,10 @@ def assert_same(a, b):
     assert plain(a.lanes.get_state()) == plain(b.lanes.get_state())
     assert a.rng.bit_generator.state == b.rng.bit_generator.state
     assert (a.num_timesteps, a.accounts) == (b.num_timesteps, b.accounts)
-    histories = [[{k: v for k, v in row.items() if k != "time/seconds"} for row in agent.history] for agent in (a, b)]
+    histories = [
+        [{k: v for k, v in row.items() if k not in ("time/seconds", "time/reward_seconds")} for row in agent.history]
+        for agent in (a, b)
+    ]
     assert histories[0] == histories[1]
 
 

@@ -1,12 +1,16 @@
 import asyncio
 import copy
 import functools
+import logging
 import pickle
+import re
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from rewards import Batch, LengthPenalty, RewardError, WeightedSum, bind, completion_text
+from rewards import Batch, LengthPenalty, RewardError, WeightedSum, base, bind, completion_text
 
 BATCH = Batch(
     prompts=["p", "q", "r"],
@@ -371,3 +375,66 @@ def test_a_ragged_batch():
         Batch(["p", "q"], ["c"], [[1]])
     with pytest.raises(RewardError, match="`answer` has 0 entries"):
         Batch(["p"], ["c"], [[1]], {"answer": []})
+
+
+def test_a_reward_that_sleeps_is_named_while_one_waits(monkeypatch, caplog):
+    monkeypatch.setattr(base, "PATIENCE", 0.02)
+    named = threading.Event()
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            named.set()
+
+    handler = Handler()
+    logging.getLogger("rewards").addHandler(handler)
+
+    def sleeper(completions):
+        assert named.wait(20), "no warning"
+        return length(completions)
+
+    try:
+        assert bind(sleeper, [])(BATCH).total.tolist() == [1, 2, 3]  # it is waited for all the same
+    finally:
+        logging.getLogger("rewards").removeHandler(handler)
+    message = caplog.messages[0]
+    assert re.match(
+        r"reward 'sleeper' has not returned after \d+ s, on a batch of 3 that starts with completion 'a'", message
+    )
+    assert "TimeLimit(reward, seconds)" in message
+
+
+def test_what_a_reward_prints_is_shown_and_changes_nothing(capsys):
+    def chatty(completions):
+        print("scoring", completions)
+        return length(completions)
+
+    assert bind(chatty, [])(BATCH).total.tolist() == [1, 2, 3]
+    assert capsys.readouterr().out == "scoring ['a', 'bb', 'ccc']\n"
+
+
+def test_finish_reasons_are_given_to_what_names_them_alone():
+    batch = Batch(["p", "q"], ["a", "b"], [[1], [2]], finish_reasons=["stop", "length"])
+
+    def names(finish_reasons, **columns):
+        assert set(columns) >= {"prompts", "completions", "trainer_state"}
+        return [float(reason == "stop") for reason in finish_reasons]
+
+    def takes_everything(**columns):
+        assert "finish_reasons" not in columns  # as in TRL, which has no such keyword
+        return [0.0, 0.0]
+
+    both = WeightedSum({"names": (names, 1.0), "takes_everything": (takes_everything, 1.0)})
+    assert bind(both, [])(batch).total.tolist() == [1, 0]
+    with pytest.raises(RewardError, match="'names' needs the column `finish_reasons`, which this batch lacks"):
+        bind(names, [])(Batch(["p"], ["a"], [[1]]))
+
+
+def test_time_spent_is_counted():
+    def slow(completions):
+        time.sleep(0.02)
+        return length(completions)
+
+    bound = bind(slow, [])
+    bound(BATCH)
+    bound(BATCH)
+    assert 0.04 <= bound.seconds < 5

@@ -1,10 +1,12 @@
+import asyncio
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
 
-from rewards import RewardError, WeightedSum, check_reward, exact_match
+from rewards import Clipped, MissingStop, RewardError, WeightedSum, check_reward, exact_match
 
 EXAMPLES = [{"prompt": "p", "completion": text, "answer": "a"} for text in ("a", "bb", "")]
 
@@ -88,3 +90,51 @@ def test_bad_examples():
         check_reward(exact_match, EXAMPLES[:1])
     with pytest.raises(RewardError, match="example 1 has the entries"):
         check_reward(exact_match, [EXAMPLES[0], {"prompt": "p"}])
+
+
+def test_padding_may_not_matter():
+    def padded_mean(completions):  # a model that averages over the padding too
+        width = max(map(len, completions)) or 1
+        return [c.count("b") / width for c in completions]
+
+    with pytest.raises(RewardError, match=r"depends on the batch.*mind its padding"):
+        check_reward(padded_mean, [{"prompt": "p", "completion": c} for c in ("b", "bbb")])
+
+
+def test_printing_is_told():
+    def chatty(completions):
+        print("look at this")
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"'chatty' prints 'look at this.*expected silence.*log_metric"):
+        check_reward(chatty, EXAMPLES)
+
+
+def test_slowness_is_told():
+    def slow(completions):
+        time.sleep(0.02)
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"'slow' took 0.0\d+ s for 3 completions; expected at most 0.01 s"):
+        check_reward(slow, EXAMPLES, max_seconds=0.01)
+    assert check_reward(slow, EXAMPLES, max_seconds=10).seconds_per_completion >= 0.02
+
+
+def test_mutation_is_found_inside_combinations_and_of_async_rewards():
+    async def remote(completions):
+        await asyncio.sleep(0)
+        completions.sort()
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match="'deep/remote' changes its argument `completions`"):
+        check_reward(WeightedSum({"deep": (WeightedSum({"remote": (Clipped(remote, high=1.0), 1.0)}), 1.0)}), EXAMPLES)
+
+
+def test_finish_reasons():
+    examples = [{"prompt": "p", "completion": "c", "finish_reason": reason} for reason in ("stop", "length")]
+    check = check_reward(MissingStop(exact_one, replace=-1.0), examples)
+    assert (check.names, check.scores) == (("exact_one", "missing_stop"), (1, -1))
+
+
+def exact_one(completions):
+    return [1.0] * len(completions)

@@ -194,3 +194,45 @@ def test_the_reward_gets_copies(make_vec: Any) -> None:
     assert (info["final_obs"][0] == EOS).any()
     assert rows == ROWS
     assert "spoilt" not in env.unwrapped.task.prompts.columns["target"]
+
+
+# ---------------------------------------------------------------------- what is shown of them
+
+
+def test_finish_reasons_reach_rewards_that_name_them(make_vec: Any) -> None:
+    from rewards import MissingStop
+
+    env = make_vec(2, reward=MissingStop(lambda completions: [1.0] * len(completions), replace=-1.0))
+    env.reset(seed=0)
+    for _ in range(BUDGET - 1):
+        env.step(np.array([A, A]))
+    _, rewards, *_, info = env.step(np.array([A, EOS]))  # one is cut off, the other stops with its last token
+    assert rewards.tolist() == [-1, 1]
+    assert info["final_info"]["reward/missing_stop"].tolist() == [1, 0]
+
+
+def test_components_are_rendered_by_name_when_the_episode_has_ended(make: Any, capsys: Any) -> None:
+    from rewards import Clipped, Gate, WeightedSum
+
+    def length(completions: list[str]) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    def only_b(completions: list[str]) -> list[float | None]:
+        return [1.0 if "b" in text else None for text in completions]
+
+    inner = WeightedSum({"long": (Clipped(length, high=1.5), 2.0), "b": (only_b, 1.0)})
+    env = make(reward=Gate(length, inner, name="any"), render_mode="ansi")
+    env.reset(seed=0)
+    env.step(A)
+    assert "[" not in env.render().replace("\x1b[", "")  # nothing to say yet
+    env.step(A)
+    env.step(EOS)
+    assert "[reward 3: any 2, long 1.5]" in env.render()  # what does not apply is left out
+    env.reset(seed=0)
+    assert "reward" not in env.render()
+
+    human = make(reward=inner, render_mode="human")
+    human.reset(seed=0)
+    human.step(B)
+    human.step(EOS)
+    assert "[reward 3: long 1, b 1]" in capsys.readouterr().out
