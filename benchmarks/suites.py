@@ -1,10 +1,31 @@
-"""What is run, as data: agents with their settings."""
+"""What is run, as data: suites of tasks, agents with their settings, seeds, budgets in tokens and metrics.
+
+A suite of your own is one file: `suite = Suite(...)` in `my_suite.py`, run by `textenv bench my_suite.py:suite`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Where agents are trained, and what they are evaluated on."""
+
+    env: str
+    """Id of a vector environment."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Its keywords. A `reward` may be `file.py:function`, `module:function` or the directory of a reward model."""
+    first_task_seed: int | None = None
+    """Run i plays the task of `seed_of_task = first_task_seed + i`; None: all runs play the same task."""
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords that differ in the evaluation, such as `{"split": "test"}`."""
+    prompts: int = 256
+    """Of the evaluation: the first of the split in one fixed random order, the same for all agents and seeds."""
+    samples: int = 1
+    """Answers per prompt in the evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,24 +33,60 @@ class Preset:
     """One agent with the settings that it has on every task."""
 
     agent: str
-    """Its name in `agents`."""
+    """Its name in `agents`; or `module:Class` or `file.py:Class`: whatever is called as `Class(env, seed=..., **config)`
+    and has stable-baselines3's `learn` and `predict`."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of its config."""
-    tokens: int = 60_000
-    """Length of a run. The learning rate falls to 0 over it."""
+    """Keywords of the agent: fields of its config."""
+    tokens: int | None = None
+    """Length of a run (default: the suite's). The learning rate falls to 0 over it."""
     lanes: int = 128
     """`num_envs`; as many as episodes per update is fastest."""
     group_size: int = 1
     """Completions per prompt, for agents that compare them."""
+    env: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of the environment that this agent has otherwise than the task says, such as `beta`."""
     decay: bool = True
     """Whether the learning rate falls."""
+    trains: bool = True
+    """Whether it learns. One that does not is made on the evaluation's environment right away."""
     follows_j: bool = True
     """Whether the optimum of J is what the agent tends to. Others are scored all the same (docs/agents says why)."""
 
-    def settings(self, tokens: int) -> dict[str, Any]:
-        """The agent's config for a run of this length."""
-        return dict(self.config) | ({"decay_timesteps": tokens} if self.decay else {})
+    def keywords(self, tokens: int) -> dict[str, Any]:
+        """The agent's keywords for a run of this length."""
+        return dict(self.config) | ({"decay_timesteps": tokens} if self.decay and self.trains else {})
 
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Agents x tasks x seeds, and how they are measured."""
+
+    title: str
+    """One line."""
+    tasks: Mapping[str, Task]
+    """Name -> task."""
+    agents: Mapping[str, Preset]
+    """Name -> agent."""
+    seeds: int = 5
+    """Runs per agent and task, of seeds 0, 1, ..."""
+    tokens: int = 60_000
+    """Budget of a run, for agents that do not set it."""
+    metrics: Sequence[str] = ("sampled",)
+    """Groups of `benchmarks.metrics.METRICS`, or `file.py:function` of your own: (Answers) -> {name: number}."""
+    headline: str = "objective"
+    """The metric by which agents are ranked and compared. `objective` is J = E[r] - beta KL: how high the line of slope beta
+    through an agent's point in the picture of reward against KL lies."""
+    bounded: str | None = None
+    """A metric in [0, 1] for performance profiles and optimality gaps."""
+    frontier: Sequence[str] = ("reward",)
+    """Metrics that are drawn against the KL."""
+    columns: Sequence[str] = ("reward", "kl", "length")
+    """Metrics of the report's second table."""
+    lower_is_better: Sequence[str] = ()
+    """Metrics of your own of which less is better."""
+
+
+# ---------------------------------------------------------------------- the exact tasks
 
 ROLLOUT: dict[str, Any] = {"episodes_per_update": 128, "minibatch_episodes": 64}
 PRESETS: dict[str, Preset] = {
@@ -77,6 +134,159 @@ PRESETS: dict[str, Preset] = {
         group_size=4,
     ),
     "ILQL": Preset(agent="ILQL", config={"learning_rate": 1e-3}, lanes=128, follows_j=False),
-    "BestOfN": Preset(agent="BestOfN", config={"n": 8}, decay=False, follows_j=False),
+    "BestOfN": Preset(agent="BestOfN", config={"n": 8}, trains=False, follows_j=False),
 }
-"""Name -> what is run under it."""
+"""Name -> what is run under it, on the exact tasks. Chosen on task seeds 0 to 9."""
+
+REFERENCE = Preset(agent="agents.base:LanguageModelAgent", trains=False)
+"""The model that training starts from: where every frontier begins."""
+RANDOM = Preset(agent="RandomAgent", trains=False)
+"""Uniform over the allowed tokens: the floor."""
+
+
+def tree(structure: str, **settings: Any) -> Task:
+    """An exact task; tuning is on task seeds 0 to 9, so seeds from 1000 on are new."""
+    return Task(env="textenv/Tree-v0", settings={"structure": structure} | settings, first_task_seed=1000)
+
+
+STRUCTURES = ("random", "needle", "trap", "conflict")
+
+EXACT = Suite(
+    title="How near each agent comes to an optimum that is known exactly, and how many tokens it takes",
+    tasks={structure: tree(structure) for structure in STRUCTURES},
+    agents=PRESETS,
+    seeds=10,
+    metrics=("exact",),
+    headline="score",
+    bounded="score",
+    columns=("regret", "reward", "kl"),
+)
+
+
+# ---------------------------------------------------------------------- language
+
+ASSISTANT_TASK = Task(env="textenv/Assistant-v0", evaluation={"split": "test"}, prompts=600)
+ASSISTANT_ROLLOUT: dict[str, Any] = {"learning_rate": 1e-3, "episodes_per_update": 256}
+
+ASSISTANT_AGENTS: dict[str, Preset] = {
+    "PPO": Preset(agent="PPO", config=ASSISTANT_ROLLOUT | {"epochs": 1}),
+    "PPO-ptx": Preset(agent="benchmarks.factories:ppo_ptx", config=ASSISTANT_ROLLOUT | {"epochs": 1}),
+    "A2C": Preset(agent="A2C", config=ASSISTANT_ROLLOUT),
+    "REINFORCE": Preset(agent="REINFORCE", config=ASSISTANT_ROLLOUT),
+    "RLOO": Preset(agent="RLOO", config=ASSISTANT_ROLLOUT, group_size=4),
+    "GRPO-dr_grpo": Preset(agent="GRPO", config=ASSISTANT_ROLLOUT | {"variant": "dr_grpo"}, group_size=4),
+    "BestOfN-4": Preset(agent="BestOfN", config={"n": 4}, trains=False),
+    "BestOfN-16": Preset(agent="BestOfN", config={"n": 16}, trains=False),
+    "Reference": REFERENCE,
+    "RandomAgent": RANDOM,
+}
+"""Untuned but for PPO, whose settings are those of the recipe (docs/results/assistant.md); the others have the same."""
+
+ASSISTANT = Suite(
+    title="Following instructions: a learned reward, judged by a gold standard that no stage has seen",
+    tasks={"assistant": ASSISTANT_TASK},
+    agents=ASSISTANT_AGENTS,
+    seeds=5,
+    tokens=40_000,
+    metrics=("sampled", "assistant"),
+    bounded="gold",
+    frontier=("reward", "gold"),
+    columns=("gold", "win_rate", "labelers_win_rate", "reward", "kl", "length", "distinct_2", "lm_loss"),
+)
+
+ARITHMETIC_TASK = Task(
+    env="textenv/Arithmetic-v0", settings={"beta": 0.02}, evaluation={"split": "test"}, prompts=256, samples=8
+)
+ARITHMETIC_ROLLOUT: dict[str, Any] = {"learning_rate": 1e-3, "episodes_per_update": 256, "minibatch_episodes": 256}
+
+VERIFIABLE = Suite(
+    title="Sums: the reward is whether the answer is right",
+    tasks={"arithmetic": ARITHMETIC_TASK},
+    agents={
+        "PPO": Preset(agent="PPO", config=ARITHMETIC_ROLLOUT | {"epochs": 4}, decay=False),
+        "REINFORCE": Preset(agent="REINFORCE", config={"learning_rate": 1e-3, "episodes_per_update": 256}, decay=False),
+        "RLOO": Preset(agent="RLOO", config=ARITHMETIC_ROLLOUT | {"epochs": 4}, group_size=8, decay=False),
+        "GRPO-dr_grpo": Preset(
+            agent="GRPO", config=ARITHMETIC_ROLLOUT | {"variant": "dr_grpo", "epochs": 4}, group_size=8, decay=False
+        ),
+        "BestOfN-8": Preset(agent="BestOfN", config={"n": 8}, trains=False),
+        "Reference": REFERENCE,
+        "RandomAgent": RANDOM,
+    },
+    seeds=5,
+    tokens=70_000,
+    metrics=("sampled", "pass_at"),
+    bounded="reward",
+    columns=("reward", "pass_at_8", "kl", "length", "distinct_2"),
+)
+
+
+# ---------------------------------------------------------------------- what a nat costs
+
+
+def sweep(agents: Mapping[str, Preset], names: Sequence[str], betas: Sequence[float]) -> dict[str, Preset]:
+    """These agents, once per beta."""
+    return {
+        f"{name} beta={beta:g}": replace(agents[name], env=dict(agents[name].env) | {"beta": beta})
+        for name in names
+        for beta in betas
+    }
+
+
+BETA_SWEEP = Suite(
+    title="Reward against KL: what each agent makes of a nat, over the price of a nat",
+    tasks={"assistant": ASSISTANT_TASK},
+    agents=sweep(ASSISTANT_AGENTS, ("PPO", "RLOO"), (0.03, 0.1, 0.3, 1.0))
+    | {name: ASSISTANT_AGENTS[name] for name in ("BestOfN-4", "BestOfN-16", "Reference")},
+    seeds=3,
+    tokens=40_000,
+    metrics=("sampled", "assistant"),
+    bounded="gold",
+    frontier=("reward", "gold"),
+    columns=("reward", "gold", "kl", "win_rate", "length"),
+)
+
+BETA_SWEEP_EXACT = Suite(
+    title="Reward against KL over the price of a nat, beside the frontier that no policy can lie above",
+    tasks={structure: tree(structure) for structure in ("random", "trap")},
+    agents=sweep(PRESETS, ("PPO", "RLOO"), (0.2, 0.35, 0.5, 1.0, 2.0)),
+    seeds=5,
+    metrics=("exact",),
+    headline="score",
+    bounded="score",
+    columns=("regret", "reward", "kl"),
+)
+
+
+# ---------------------------------------------------------------------- others
+
+TINY_TREE = {"vocab_size": 3, "horizon": 3}
+
+SMOKE = Suite(
+    title="Everything once, small: shows that it runs, not how good anything is",
+    tasks={
+        "tree": tree("random", **TINY_TREE),
+        "arithmetic": replace(ARITHMETIC_TASK, prompts=16, samples=2),
+        "assistant": replace(ASSISTANT_TASK, prompts=16),
+    },
+    agents={
+        "PPO": Preset(agent="PPO", config={"episodes_per_update": 32}, lanes=32),
+        "RLOO": Preset(agent="RLOO", config={"episodes_per_update": 32}, lanes=32, group_size=4),
+        "BestOfN": Preset(agent="BestOfN", config={"n": 4}, trains=False),
+        "Reference": REFERENCE,
+    },
+    seeds=2,
+    tokens=300,
+    metrics=("sampled", "exact", "assistant", "pass_at"),
+)
+
+SUITES: dict[str, Suite] = {
+    "smoke": SMOKE,
+    "exact": EXACT,
+    "assistant": ASSISTANT,
+    "verifiable": VERIFIABLE,
+    "beta-sweep": BETA_SWEEP,
+    "beta-sweep-exact": BETA_SWEEP_EXACT,
+    "custom": Suite(title="Your tasks and agents, from the command line", tasks={}, agents={}),
+}
+"""What `textenv bench` knows by name."""

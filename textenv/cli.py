@@ -432,25 +432,63 @@ def demo(arguments: Sequence[str]) -> None:
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """Benchmarks: `exact` runs the agents on tasks whose optimum is known."""
-    suites = ("exact",)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: textenv bench SUITE [...]   (suites: {', '.join(suites)}; textenv bench SUITE --help says more)")
-        return
-    if arguments[0] not in suites:
-        raise UsageError(
-            f"Unknown suite {arguments[0]!r}; there are {list(suites)}.{did_you_mean(arguments[0], suites)}"
-        )
-    from benchmarks.exact import ExactArguments, run_exact
+    """Benchmark suites: agents x tasks x seeds, with a report at the end: `textenv bench exact --jobs 2`."""
+    from benchmarks import command
 
-    run_exact(
-        tyro.cli(ExactArguments, args=list(arguments[1:]), prog="textenv bench exact", description=run_exact.__doc__)
-    )
+    command.bench(arguments)
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Which results are shown."""
+
+    directory: tyro.conf.Positional[Path]
+    """What `textenv bench` has written."""
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write the report of a benchmark's directory, as HTML and Markdown: `textenv report runs/exact`."""
+    from rich.console import Console
+
+    from benchmarks.report import leaderboard, print_tables, write_report
+
+    options = tyro.cli(ReportArguments, args=list(arguments), prog="textenv report", description=report.__doc__)
+    with usage_errors():
+        files = write_report(options.directory)
+        print_tables(leaderboard(options.directory), Console())
+    print("\n".join(str(file) for file in files))
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    """What is compared."""
+
+    before: tyro.conf.Positional[str]
+    """A directory of results, or one agent in it: `runs/exact` or `runs/exact:PPO`."""
+    after: tyro.conf.Positional[str]
+    """Another, or another agent: what is said is about this one."""
+    confidence: float = 0.95
+    """Of the intervals that decide."""
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """Better, worse or undecided, metric by metric; status 1 if the headline metric is worse: `textenv compare runs/old runs/new`."""
+    from rich.console import Console
+
+    from benchmarks.report import compare_results, print_comparison
+
+    options = tyro.cli(CompareArguments, args=list(arguments), prog="textenv compare", description=compare.__doc__)
+    with usage_errors():
+        comparison = compare_results(options.before, options.after, options.confidence)
+    if print_comparison(comparison, Console()):
+        sys.exit(1)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "bench": bench,
+    "report": report,
+    "compare": compare,
     "train": train,
     "eval": evaluate,
     "generate": generate,
