@@ -27,12 +27,14 @@ from rewards.text import Bleu, ChrF, Distinct, LengthPenalty, Matches, Rouge, co
 from rewards.verify import FinalAnswer, PassesTests, arithmetic, valid_json
 
 if TYPE_CHECKING:
-    from rewards.learned import RewardModel
+    from rewards.learned import Classifier, RewardModel
     from rewards.rankings import (
         Ranking,
         RankingMetrics,
         RewardModelReport,
+        best_of_k_loss,
         evaluate_reward_model,
+        plackett_luce_loss,
         ranking_loss,
         read_rankings,
         train_reward_model,
@@ -44,6 +46,7 @@ __all__ = [
     "BoundReward",
     "Cached",
     "ChrF",
+    "Classifier",
     "Clipped",
     "Combination",
     "Completion",
@@ -69,12 +72,14 @@ __all__ = [
     "TimeLimit",
     "WeightedSum",
     "arithmetic",
+    "best_of_k_loss",
     "bind",
     "check_reward",
     "completion_text",
     "contains",
     "evaluate_reward_model",
     "exact_match",
+    "plackett_luce_loss",
     "ranking_loss",
     "read_rankings",
     "train_reward_model",
@@ -82,6 +87,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Classifier": "rewards.learned",
+    "best_of_k_loss": "rewards.rankings",
+    "plackett_luce_loss": "rewards.rankings",
     "RewardModel": "rewards.learned",
     "Ranking": "rewards.rankings",
     "RankingMetrics": "rewards.rankings",

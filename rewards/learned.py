@@ -1,4 +1,6 @@
-"""A learned reward: a ``transformers`` sequence classifier with one label.
+"""Learned rewards: :class:`RewardModel`, and :class:`Classifier` for what others have trained for other ends.
+
+A reward model is a ``transformers`` sequence classifier with one label.
 
 The format is the one that TRL and OpenRLHF read and write: the trunk of a language model and a linear head without
 bias (``score``) on its last hidden state. Two entries are added to ``config.json`` and ignored by other readers:
@@ -16,6 +18,7 @@ the score is read at the true last token, and padding is nobody's business but o
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rewards.base import Completion, RewardError
+from rewards.base import Completion, RewardError, completion_text, did_you_mean, shorten
 
 
 class RewardModel:
@@ -84,16 +87,7 @@ class RewardModel:
         Raises:
             RewardError: The checkpoint has no trained head, or not one label.
         """
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            name_or_path, output_loading_info=True, **kwargs
-        )
-        if missing := sorted(loading["missing_keys"]):
-            raise RewardError(
-                f"{str(name_or_path)!r} lacks the weights {missing[:3]}, so its scores would be random; expected a "
-                "trained sequence classifier. For a language model, use RewardModel.from_language_model(...) and "
-                "train_reward_model(...)"
-            )
-        return cls(model, AutoTokenizer.from_pretrained(name_or_path))
+        return cls(_load_classifier(name_or_path, **kwargs), AutoTokenizer.from_pretrained(name_or_path))
 
     @classmethod
     def from_language_model(cls, model: Any, tokenizer: Any = None, *, seed: int = 0) -> RewardModel:
@@ -242,9 +236,11 @@ class RewardModel:
         """
         self.model.eval()
         device = self.model.device
-        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+        sizes = [len(sequence) for sequence in sequences]
+        order = sorted(range(len(sequences)), key=sizes.__getitem__)
         outputs = [torch.empty(0, device=device)]
-        for chunk in self._chunks(order, sequences):
+        budget = self.max_tokens_per_batch or (1024 if device.type == "cpu" else 16384)
+        for chunk in _chunks(order, sizes, budget):
             lengths = torch.tensor([len(sequences[index]) for index in chunk])
             ids = torch.zeros(len(chunk), int(lengths.max()), dtype=torch.long)
             for row, index in enumerate(chunk):
@@ -257,18 +253,6 @@ class RewardModel:
             outputs.append(self.model.score(last)[:, 0].float())
         # order[k] is the sequence behind output k; argsort inverts it
         return torch.cat(outputs)[torch.tensor(order, dtype=torch.long, device=device).argsort()]
-
-    def _chunks(self, order: Iterable[int], sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Cut sequences sorted by length into batches of at most ``max_tokens_per_batch`` tokens with padding."""
-        budget = self.max_tokens_per_batch or (1024 if self.model.device.type == "cpu" else 16384)
-        chunk: list[int] = []
-        for index in order:
-            if chunk and (len(chunk) + 1) * len(sequences[index]) > budget:
-                yield chunk
-                chunk = []
-            chunk.append(index)
-        if chunk:
-            yield chunk
 
     def _encode_text(self, prompt: str, completion: str, ids: Sequence[int] | None) -> list[int]:
         """Tokens of the prompt, of the completion, and one EOS (or none)."""
@@ -307,3 +291,176 @@ class RewardModel:
             )
         text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         return self._tokens(text, add_special_tokens=False)
+
+
+READS, OUTPUTS = ("completion", "text", "pair"), ("logit", "probability")
+
+
+class Classifier:
+    """Any sequence classifier of ``transformers`` as a reward: what it thinks of one label.
+
+    Encoders and decoders alike: sentiment, toxicity, entailment, or reward models with another head than
+    :class:`RewardModel` expects.
+
+    Args:
+        model: A sequence classifier.
+        tokenizer: Its tokenizer.
+        label: The name or number of the label that is rewarded; may be left out if there is just one.
+        output: ``"logit"``, or ``"probability"`` (softmax over the labels; sigmoid if there is one, or if the model says that
+            several may apply).
+        reads: ``"completion"`` alone, the ``"text"`` of prompt and completion as one, or both as the ``"pair"`` that the
+            tokenizer makes of two texts.
+        max_tokens_per_batch: Tokens, padding included, in one forward pass at most.
+
+    Raises:
+        RewardError: The model is no sequence classifier, or has no such label; or another ``output`` or ``reads``.
+
+    Example:
+        >>> kind = Classifier.from_pretrained("path/to/sentiment-model", label="positive", reads="text")
+        >>> WeightedSum({"kind": (kind, 1.0), "brief": (LengthPenalty(target=32), 0.1)})
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        label: str | int | None = None,
+        *,
+        output: str = "logit",
+        reads: str = "completion",
+        max_tokens_per_batch: int = 4096,
+    ) -> None:
+        names = getattr(getattr(model, "config", None), "id2label", None)
+        if not names or not type(model).__name__.endswith("ForSequenceClassification"):
+            raise RewardError(
+                f"Classifier got a {type(model).__name__}; expected a *ForSequenceClassification of transformers"
+            )
+        for name, value, known in (("output", output, OUTPUTS), ("reads", reads, READS)):
+            if value not in known:
+                raise RewardError(
+                    f"Classifier got {name}={value!r}; expected one of {known}.{did_you_mean(str(value), known)}"
+                )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.label = _label_number(label, {int(number): str(name) for number, name in names.items()})
+        self.output, self.reads, self.max_tokens_per_batch = output, reads, max_tokens_per_batch
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], label: str | int | None = None, **kwargs: Any
+    ) -> Classifier:
+        """Load a classifier and its tokenizer.
+
+        Args:
+            name_or_path: A directory, or a name on the Hugging Face hub.
+            label: See the class.
+            **kwargs: ``output``, ``reads`` and ``max_tokens_per_batch`` go to the class, the rest to
+                ``AutoModelForSequenceClassification.from_pretrained`` (``dtype``, ``revision``, ...).
+
+        Returns:
+            The classifier.
+
+        Raises:
+            RewardError: The checkpoint has no trained head, or as the class.
+        """
+        own = {name: kwargs.pop(name) for name in ("output", "reads", "max_tokens_per_batch") if name in kwargs}
+        return cls(_load_classifier(name_or_path, **kwargs), AutoTokenizer.from_pretrained(name_or_path), label, **own)
+
+    def __call__(
+        self, completions: Sequence[Completion], prompts: Sequence[Completion] | None = None, **columns: Any
+    ) -> list[float]:
+        """Score completions.
+
+        Args:
+            completions: B texts or messages.
+            prompts: B texts or conversations; not needed where it reads the completion alone.
+            **columns: Ignored.
+
+        Returns:
+            B logits or probabilities of the label.
+
+        Raises:
+            RewardError: A text that is longer than the model can read, or prompts that are needed and missing.
+        """
+        texts = [completion_text(completion) for completion in completions]
+        if self.reads == "completion":
+            encoded = [self.tokenizer(text) for text in texts]
+        elif prompts is None:
+            raise RewardError(
+                f"this classifier reads the {self.reads} of prompt and completion; expected prompts, got none"
+            )
+        else:
+            heads = [completion_text(prompt) for prompt in prompts]
+            pairs = zip(heads, texts, strict=True)
+            encoded = [self.tokenizer(a, b) if self.reads == "pair" else self.tokenizer(a + b) for a, b in pairs]
+        known = inspect.signature(self.model.forward).parameters  # some tokenizers give more than the model takes
+        encoded = [{name: row for name, row in item.items() if name in known} for item in encoded]
+        lengths = [len(item["input_ids"]) for item in encoded]
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or max(
+            lengths, default=0
+        )
+        longest = min(longest, self.tokenizer.model_max_length)
+        for text, length in zip(texts, lengths, strict=True):
+            if not 0 < length <= longest:
+                raise RewardError(
+                    f"the classifier reads completion {shorten(text)!r} as {length} tokens; expected 1 to {longest}. Shorten "
+                    "the completions, or the prompts if it reads those"
+                )
+        values = [0.0] * len(texts)
+        # Without a pad token nothing can be padded: one at a time.
+        budget = self.max_tokens_per_batch if self.tokenizer.pad_token_id is not None else 0
+        for chunk in _chunks(sorted(range(len(texts)), key=lengths.__getitem__), lengths, budget):
+            if len(chunk) == 1:
+                batch = {name: torch.tensor([row]) for name, row in encoded[chunk[0]].items()}
+            else:
+                batch = dict(self.tokenizer.pad([encoded[index] for index in chunk], return_tensors="pt"))
+            with torch.no_grad():
+                logits = self.model(**{name: tensor.to(self.model.device) for name, tensor in batch.items()}).logits
+            for index, value in zip(chunk, self._read(logits.double()).tolist(), strict=True):
+                values[index] = value
+        return values
+
+    def _read(self, logits: torch.Tensor) -> torch.Tensor:
+        """Shape: (B, labels) -> (B,)."""
+        if self.output == "probability":
+            several = self.model.config.problem_type == "multi_label_classification"
+            logits = logits.sigmoid() if several or logits.shape[1] == 1 else logits.softmax(1)
+        return logits[:, self.label]
+
+
+def _label_number(label: str | int | None, names: dict[int, str]) -> int:
+    if label is None and len(names) == 1:
+        return 0
+    if isinstance(label, int) and label in names:
+        return label
+    for number, name in names.items():
+        if isinstance(label, str) and name.casefold() == label.casefold():
+            return number
+    hint = did_you_mean(label, names.values()) if isinstance(label, str) else ""
+    raise RewardError(f"Classifier got label={label!r}; expected one of {list(names.values())}, or its number.{hint}")
+
+
+def _load_classifier(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Load a sequence classifier whose weights are all there."""
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        name_or_path, output_loading_info=True, **kwargs
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise RewardError(
+            f"{str(name_or_path)!r} lacks the weights {missing[:3]}, so its scores would be random; expected a "
+            "trained sequence classifier. For a language model, use RewardModel.from_language_model(...) and "
+            "train_reward_model(...)"
+        )
+    return model
+
+
+def _chunks(order: Iterable[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Cut sequences sorted by length into batches of at most ``budget`` tokens with padding."""
+    chunk: list[int] = []
+    for index in order:
+        if chunk and (len(chunk) + 1) * lengths[index] > budget:
+            yield chunk
+            chunk = []
+        chunk.append(index)
+    if chunk:
+        yield chunk

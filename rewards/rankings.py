@@ -6,6 +6,9 @@ are one element of a batch: K forward passes instead of K (K - 1), and no overfi
 K - 1 times in one epoch.
 
 Differences from the paper: 1) a learning rate for small models  2) dropout off, as in training so in use.
+
+Two other losses stand beside it by name: ``"plackett_luce"``, the likelihood of the whole ranking, and ``"best_of_k"``, that of
+the best completion alone. For K = 2 all three are one.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 
-from rewards.base import Completion, RewardError
+from rewards.base import Completion, RewardError, did_you_mean
 from rewards.learned import RewardModel
 
 Rankings: TypeAlias = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
@@ -41,11 +44,13 @@ class Ranking:
         prompt: A text or a conversation.
         completions: K of them.
         ranks: K numbers, 1 the best; equal ones are tied.
+        margin: By how much a better completion should score higher, at least; see :func:`ranking_loss`.
     """
 
     prompt: Completion
     completions: tuple[Completion, ...]
     ranks: tuple[float, ...]
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,24 +106,96 @@ class RewardModelReport:
         return fields
 
 
-def ranking_loss(scores: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+def ranking_loss(
+    scores: torch.Tensor, ranks: torch.Tensor, margins: torch.Tensor | None = None, tie_weight: float = 0.0
+) -> torch.Tensor:
     """Compute InstructGPT's ranking loss (its equation 1) over a batch of prompts.
 
     Args:
         scores: Scores of each prompt's completions. Shape: (P, K).
-        ranks: Their ranks, 1 the best; equal ranks are tied and make no pair, nan marks a place without a completion
-            (prompts may differ in K). Shape: (P, K).
+        ranks: Their ranks, 1 the best; equal ranks are tied, nan marks a place without a completion (prompts may differ
+            in K). Shape: (P, K).
+        margins: Subtracted from each difference of scores, so that clear preferences are told apart more (Touvron et al.
+            2023, https://arxiv.org/abs/2307.09288, equation 2); None for 0. Shape: (P,).
+        tie_weight: What a tied pair counts, against 1 of a pair of different ranks. Its target is an even chance, so it
+            draws its scores together. By default it counts nothing.
 
     Returns:
-        Mean over prompts of the mean over pairs of ``-log sigmoid(r_better - r_worse)``, nats. Prompts without a
-        pair are left out. Shape: ().
+        Mean over prompts of the mean over pairs of ``-log sigmoid(r_better - r_worse - margin)``, nats. Prompts without
+        a pair are left out. Shape: ().
     """
     better = ranks[:, :, None] < ranks[:, None, :]  # (P, K, K); a comparison with nan is False
+    differences = scores[:, :, None] - scores[:, None, :]
+    wanted = differences if margins is None else differences - margins[:, None, None]
     # An absent completion must not reach the loss: 0 * inf would be nan.
-    margins = (scores[:, :, None] - scores[:, None, :]).masked_fill(~better, 0.0)
-    pairs = better.sum((1, 2))
-    losses = -(logsigmoid(margins) * better).sum((1, 2)) / pairs.clamp(min=1)
-    return losses.sum() / (pairs > 0).sum().clamp(min=1)
+    losses = -(logsigmoid(wanted.masked_fill(~better, 0.0)) * better).sum((1, 2))
+    pairs = better.sum((1, 2)).to(scores.dtype)
+    if tie_weight > 0:
+        tied = (ranks[:, :, None] == ranks[:, None, :]) & ~torch.eye(
+            ranks.shape[1], dtype=torch.bool, device=ranks.device
+        )
+        both = -(logsigmoid(differences.masked_fill(~tied, 0.0)) * tied).sum((1, 2))  # each pair from both sides
+        losses, pairs = losses + tie_weight * both / 2, pairs + tie_weight * tied.sum((1, 2)) / 2
+    return _mean_over_prompts(losses, pairs)
+
+
+def plackett_luce_loss(scores: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+    """Compute the negative log-likelihood of rankings (Plackett 1975; Luce 1959), per choice.
+
+    A ranking is a series of choices, each of the best among those not yet chosen, with probabilities softmax(scores). Tied
+    completions are each chosen from all that are not ranked above them (Breslow's approximation).
+
+    Args:
+        scores: Scores of each prompt's completions. Shape: (P, K).
+        ranks: As for :func:`ranking_loss`. Shape: (P, K).
+
+    Returns:
+        Mean over prompts of the mean over choices, nats. What has nothing worse below it is no choice. Shape: ().
+    """
+    remaining = ranks[:, :, None] <= ranks[:, None, :]  # (P, K, K): what stood to choose from when i was chosen
+    chosen = (ranks[:, :, None] < ranks[:, None, :]).any(2)  # (P, K)
+    everything = torch.where(remaining, scores[:, None, :].expand_as(remaining), -torch.inf)
+    everything = torch.where(chosen[:, :, None], everything, 0.0)  # no gradient through a logsumexp of nothing
+    losses = torch.where(chosen, everything.logsumexp(2) - scores, 0.0).sum(1)
+    return _mean_over_prompts(losses, chosen.sum(1).to(scores.dtype))
+
+
+def best_of_k_loss(scores: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+    """Compute the negative log-likelihood of the best completion among K, with probabilities softmax(scores).
+
+    For labels that say no more than which of K was picked (as in Ziegler et al. 2019, https://arxiv.org/abs/1909.08593,
+    equation 1). If several are best, their probabilities add up.
+
+    Args:
+        scores: Scores of each prompt's completions. Shape: (P, K).
+        ranks: As for :func:`ranking_loss`; only the smallest matter. Shape: (P, K).
+
+    Returns:
+        Mean over prompts with a pair of different ranks, nats. Shape: ().
+    """
+    present = ~torch.isnan(ranks)
+    best = ranks == torch.where(present, ranks, torch.inf).amin(1, keepdim=True)
+    informative = (best != present).any(1)
+    # Prompts that say nothing get a loss of 0, computed from finite numbers.
+    best = torch.where(informative[:, None], best, True)
+    present = torch.where(informative[:, None], present, True)
+    losses = scores.masked_fill(~present, -torch.inf).logsumexp(1) - scores.masked_fill(~best, -torch.inf).logsumexp(1)
+    return _mean_over_prompts(losses, informative.to(scores.dtype))
+
+
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "pairs": ranking_loss,
+    "plackett_luce": plackett_luce_loss,
+    "best_of_k": best_of_k_loss,
+}
+"""The losses of :func:`train_reward_model` by name."""
+
+
+def _mean_over_prompts(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mean over prompts of the mean over what each of them counts. Shapes: (P,), (P,) -> ()."""
+    informative = counts > 0
+    each = torch.where(informative, losses, 0.0) / torch.where(informative, counts, 1.0)
+    return each.sum() / informative.sum().clamp(min=1)
 
 
 def train_reward_model(
@@ -131,6 +208,8 @@ def train_reward_model(
     learning_rate: float = 1e-3,
     batch_prompts: int = 16,
     validation: float | Rankings | None = 0.1,
+    loss: str = "pairs",
+    tie_weight: float = 0.0,
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
@@ -150,6 +229,8 @@ def train_reward_model(
             model took 9e-6.
         batch_prompts: Prompts per update (the paper: 64, of many more rankings).
         validation: Share of the prompts to hold out, or other rankings to validate on, or ``None``.
+        loss: ``"pairs"`` (InstructGPT's), ``"plackett_luce"`` or ``"best_of_k"``.
+        tie_weight: What a tied pair counts in the loss of pairs; see :func:`ranking_loss`.
         optimizer: Makes another optimiser than Adam from the classifier; its step sizes follow the same cosine.
         seed: Of the head, the split and the order.
         progress: Called after each update with (updates done, updates in all, loss in nats).
@@ -158,13 +239,23 @@ def train_reward_model(
         The reward model, and a report.
 
     Raises:
-        RewardError: The rankings are malformed, or hold nothing to train on.
+        RewardError: The rankings are malformed, or hold nothing to train on; or an unknown loss, or one that knows nothing
+            of margins or ties.
     """
+    if loss not in LOSSES:
+        raise RewardError(
+            f"train_reward_model got loss={loss!r}; expected one of {list(LOSSES)}.{did_you_mean(loss, LOSSES)}"
+        )
     started = time.perf_counter()
     rng = np.random.default_rng(seed)
     reward_model = _start(model, tokenizer, seed)
     train, held_out = _split(read_rankings(rankings), validation, rng)
-    train = [ranking for ranking in train if _pairs(ranking)]
+    with_margins = any(ranking.margin for ranking in train)
+    if loss != "pairs" and (tie_weight or with_margins):
+        raise RewardError(
+            f"loss={loss!r} has no {'tie_weight' if tie_weight else 'margins'}; expected loss='pairs' for rankings that use them"
+        )
+    train = [ranking for ranking in train if tie_weight > 0 or _pairs(ranking)]
     if not train:
         raise RewardError("no ranking to train on has a pair of different ranks; expected at least one")
     sequences = _encode(reward_model, train)
@@ -186,14 +277,17 @@ def train_reward_model(
         for batch in (order[i : i + batch_prompts] for i in range(0, len(order), batch_prompts)):
             flat = reward_model.outputs([ids for index in batch for ids in sequences[index]])
             scores = pad_sequence(list(torch.split(flat, [len(sequences[i]) for i in batch])), batch_first=True)
-            loss = ranking_loss(
-                scores, pad_sequence([ranks[i] for i in batch], batch_first=True, padding_value=math.nan)
-            )
+            padded_ranks = pad_sequence([ranks[i] for i in batch], batch_first=True, padding_value=math.nan)
+            if loss == "pairs":
+                margins = scores.new_tensor([train[i].margin for i in batch]) if with_margins else None
+                objective = ranking_loss(scores, padded_ranks, margins, tie_weight)
+            else:
+                objective = LOSSES[loss](scores, padded_ranks)
             steps.zero_grad()
-            loss.backward()
+            objective.backward()
             steps.step()
             schedule.step()
-            losses.append(loss.item())
+            losses.append(objective.item())
             if progress is not None:
                 progress(len(losses), updates, losses[-1])
 
@@ -236,7 +330,8 @@ def read_rankings(rankings: Rankings) -> list[Ranking]:
     Args:
         rankings: A JSONL file, or an iterable of mappings, each in one of three forms, which may be mixed:
             ``{prompt, completions}`` from best to worst; ``{prompt, completions, ranks}`` with 1 the best and ties
-            allowed; ``{prompt, chosen, rejected}`` as in TRL. Prompts and completions are texts or messages.
+            allowed; ``{prompt, chosen, rejected}`` as in TRL. Each may have a ``margin``, a number: 0 unless given. Prompts
+            and completions are texts or messages.
 
     Returns:
         The rankings.
@@ -287,7 +382,13 @@ def _read_ranking(where: str, row: Any) -> Ranking:
         numbers = (math.nan,)
     if not all(math.isfinite(number) for number in numbers):
         raise RewardError(f"{where} has the ranks {ranks!r}; expected numbers, 1 for the best")
-    return Ranking(row["prompt"], tuple(completions), numbers)
+    margin = row.get("margin")
+    margin = 0.0 if margin is None else margin
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise RewardError(
+            f"{where} has the margin {margin!r}; expected a number, by how much better is better at least"
+        )
+    return Ranking(row["prompt"], tuple(completions), numbers, float(margin))
 
 
 def _start(model: Any, tokenizer: Any, seed: int) -> RewardModel:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -203,7 +203,7 @@ class RewardModelArguments:
 
     rankings: str
     """A .jsonl file, one ranking per line: {prompt, chosen, rejected}, or {prompt, completions} from best to worst, or
-    {prompt, completions, ranks} with 1 the best and ties allowed."""
+    {prompt, completions, ranks} with 1 the best and ties allowed; each with an optional margin."""
     model: str
     """What to start from: a language model by hub name or directory, or a finished run, whose policy it is."""
     out: Path = Path("runs/reward")
@@ -218,6 +218,10 @@ class RewardModelArguments:
     """Adam's first step size. The default suits models of up to a few million parameters; larger ones need less."""
     batch_prompts: int = 16
     """Prompts per update."""
+    loss: Literal["pairs", "plackett_luce", "best_of_k"] = "pairs"
+    """InstructGPT's (all pairs of a prompt), the likelihood of the whole ranking, or that of its best completion alone."""
+    tie_weight: float = 0.0
+    """What a tied pair counts in the loss of pairs, against 1 of a pair of different ranks."""
     seed: int = 0
     """Of the new head, the prompts held out and the order."""
     threads: int | None = None
@@ -274,6 +278,8 @@ def train_reward(flags: Sequence[str]) -> None:
                     learning_rate=options.learning_rate,
                     batch_prompts=options.batch_prompts,
                     validation=validation,
+                    loss=options.loss,
+                    tie_weight=options.tie_weight,
                     seed=options.seed,
                     progress=progress,
                 )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rewards import Batch, RewardError, RewardModel, WeightedSum, bind, check_reward
+from rewards import Batch, Classifier, RewardError, RewardModel, WeightedSum, bind, check_reward
 
 PROMPTS = ["what is blue ?", "sky ?", "what ?", "is sky blue ?"]
 COMPLETIONS = ["sky .", "good sky is blue .", "", "bad dull bad dull bad dull bad dull ."]
@@ -238,3 +238,101 @@ def test_an_eos_that_the_tokenizer_adds_does_not_come_between_prompt_and_complet
     assert closing("sky ?")["input_ids"][-1] == EOS
     expected = RewardModel.from_language_model(language_model, tokenizer).encode(PROMPTS, COMPLETIONS)
     assert RewardModel.from_language_model(language_model, closing).encode(PROMPTS, COMPLETIONS) == expected
+
+
+# Classifiers that others have trained ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def classifier_dir(request, tokenizer, tmp_path_factory):
+    """An encoder and a decoder with three labels, on disk."""
+    from transformers import BertConfig, LlamaConfig
+
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "pad_token_id": 0,
+        "id2label": {0: "bad", 1: "good", 2: "dull"},
+    }
+    torch.manual_seed(0)
+    config = BertConfig(**sizes) if request.param == "bert" else LlamaConfig(**sizes)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    path = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def logits_one_by_one(path, tokenizer, texts):
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    with torch.no_grad():
+        return torch.stack([model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0] for text in texts])
+
+
+def test_a_classifier_by_directory_is_what_transformers_computes_one_by_one(classifier_dir, tokenizer):
+    texts = ["sky .", "good sky is blue .", "bad", "dull dull dull"]
+    expected = logits_one_by_one(classifier_dir, tokenizer, texts)
+    for label, number in (("good", 1), ("DULL", 2), (0, 0)):
+        for budget in (1, 8, 4096):
+            reward = Classifier.from_pretrained(classifier_dir, label, max_tokens_per_batch=budget)
+            assert reward(completions=texts) == pytest.approx(expected[:, number].tolist(), abs=1e-5)
+    probability = Classifier.from_pretrained(classifier_dir, "good", output="probability")
+    assert probability(completions=texts) == pytest.approx(expected.softmax(1)[:, 1].tolist(), abs=1e-5)
+    examples = [{"prompt": "what ?", "completion": text} for text in texts]
+    assert check_reward(probability, examples).names == ("Classifier",)
+    chat = [[{"role": "assistant", "content": text}] for text in texts]
+    assert probability(completions=chat) == probability(completions=texts)
+
+
+def test_what_a_classifier_reads(classifier_dir, tokenizer):
+    prompts, texts = ["what is", "sky"], [" blue ?", " dull ."]
+    expected = logits_one_by_one(classifier_dir, tokenizer, ["what is blue ?", "sky dull ."])[:, 1].tolist()
+    reward = Classifier.from_pretrained(classifier_dir, "good", reads="text")
+    assert reward(prompts=prompts, completions=texts) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(RewardError, match="expected prompts, got none"):
+        reward(completions=texts)
+    pair = Classifier.from_pretrained(classifier_dir, "good", reads="pair")
+    assert len(pair(prompts=prompts, completions=texts)) == 2
+    with pytest.raises(RewardError, match=r"as 17 tokens; expected 1 to 16"):
+        reward(prompts=["sky " * 16], completions=["."])
+
+
+def test_without_a_pad_token_texts_are_read_one_at_a_time(classifier_dir, tokenizer):
+    texts = ["sky .", "good sky is blue ."]
+    reward = Classifier.from_pretrained(classifier_dir, "good")
+    expected = reward(completions=texts)
+    reward.tokenizer.pad_token = None
+    assert reward(completions=texts) == pytest.approx(expected, abs=1e-5)
+
+
+def test_classifiers_refused(classifier_dir, language_model, tokenizer, tmp_path):
+    for label, message in ((None, "expected one of"), ("god", "Did you mean `good`"), (7, "label=7; expected one of")):
+        with pytest.raises(RewardError, match=message):
+            Classifier.from_pretrained(classifier_dir, label)
+    with pytest.raises(RewardError, match=r"output='logits'.*Did you mean `logit`"):
+        Classifier.from_pretrained(classifier_dir, "good", output="logits")
+    with pytest.raises(RewardError, match=r"expected a \*ForSequenceClassification"):
+        Classifier(language_model, tokenizer)
+    language_model.save_pretrained(tmp_path)
+    with pytest.raises(RewardError, match=r"lacks the weights .*'score.weight'"):
+        Classifier.from_pretrained(tmp_path, 0)
+
+
+def test_a_reward_model_is_a_classifier_with_one_label(reward, tokenizer):
+    classifier = Classifier(reward.model, tokenizer)
+    reward.append_eos = False
+    texts = ["good sky .", "sky"]
+    expected = reward(prompts=["", ""], completions=texts)
+    if (
+        "GPT2" not in type(reward.model).__name__
+    ):  # which adds an embedding for the token types that this tokenizer makes up
+        assert classifier(completions=texts) == pytest.approx(expected, abs=1e-5)
+    probability = Classifier(reward.model, tokenizer, output="probability")(completions=texts)
+    assert probability == pytest.approx(torch.tensor(classifier(completions=texts)).sigmoid().tolist(), abs=1e-5)

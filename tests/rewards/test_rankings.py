@@ -11,7 +11,9 @@ import torch
 from rewards import (
     RewardError,
     RewardModel,
+    best_of_k_loss,
     evaluate_reward_model,
+    plackett_luce_loss,
     ranking_loss,
     read_rankings,
     train_reward_model,
@@ -88,6 +90,66 @@ def test_absent_places_and_extreme_scores_stay_finite():
     assert ranking_loss(torch.zeros(1, 2), torch.ones(1, 2)).item() == 0  # no pair at all
 
 
+def test_a_margin_is_subtracted():
+    # -log sigmoid(2 - 0 - 0.5) = 0.2014133
+    loss = ranking_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 2.0]]), torch.tensor([0.5]))
+    assert loss.item() == pytest.approx(0.2014133)
+
+
+def test_ties_draw_scores_together_when_they_are_given_weight():
+    scores = torch.tensor([[1.0, 0.0, 3.0]], requires_grad=True)
+    ranks = torch.tensor([[1.0, 1.0, NAN]])
+    assert ranking_loss(scores, ranks).item() == 0
+    loss = ranking_loss(scores, ranks, tie_weight=0.7)  # the mean over one pair, whatever its weight
+    assert loss.item() == pytest.approx(-(math.log(1 / (1 + math.exp(-1))) + math.log(1 / (1 + math.e))) / 2)
+    loss.backward()
+    assert scores.grad[0].tolist() == pytest.approx([math.tanh(0.5) / 2, -math.tanh(0.5) / 2, 0])
+    # beside a pair of different ranks it counts 0.5 of 1.5: scores 0 make every term log 2
+    mixed = ranking_loss(torch.tensor([[0.0, 0.0, -1.0]]), torch.tensor([[1.0, 1.0, 2.0]]), tie_weight=0.5)
+    assert mixed.item() == pytest.approx((2 * 0.3132617 + 0.5 * math.log(2)) / 2.5)
+
+
+def softmax(values):
+    return np.exp(values) / np.exp(values).sum()
+
+
+def test_plackett_luce_is_the_likelihood_of_the_ranking():
+    scores = torch.tensor([[0.3, -1.0, 2.0, 7.0]])
+    ranks = torch.tensor([[2.0, 3.0, 1.0, NAN]])  # third, first, second; the fourth is absent
+    likelihood = softmax([2.0, 0.3, -1.0])[0] * softmax([0.3, -1.0])[0]
+    assert plackett_luce_loss(scores, ranks).item() == pytest.approx(-math.log(likelihood) / 2)
+    # Over all rankings of three completions the likelihoods add up to one.
+    total = sum(
+        math.exp(-2 * plackett_luce_loss(scores[:, :3], torch.tensor([order], dtype=torch.float32)).item())
+        for order in itertools.permutations((1, 2, 3))
+    )
+    assert total == pytest.approx(1)
+    tied = plackett_luce_loss(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[1.0, 1.0, 2.0]])).item()
+    first = softmax([1.0, 0.0, -1.0])
+    assert tied == pytest.approx(-(math.log(first[0]) + math.log(first[1])) / 2)
+
+
+def test_best_of_k_is_the_likelihood_of_the_best():
+    scores = torch.tensor([[0.3, -1.0, 2.0, 7.0]])
+    assert best_of_k_loss(scores, torch.tensor([[2.0, 3.0, 1.0, NAN]])).item() == pytest.approx(
+        -math.log(softmax([0.3, -1.0, 2.0])[2])
+    )
+    two_best = best_of_k_loss(scores, torch.tensor([[1.0, 3.0, 1.0, NAN]])).item()
+    assert two_best == pytest.approx(-math.log(softmax([0.3, -1.0, 2.0])[[0, 2]].sum()))
+
+
+@pytest.mark.parametrize("loss", [plackett_luce_loss, best_of_k_loss])
+def test_for_pairs_all_losses_are_one_and_what_says_nothing_counts_nothing(loss):
+    torch.manual_seed(0)
+    scores = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    ranks = torch.tensor([[1.0, 2], [2, 1], [1, 1], [1, NAN], [3, 1]])
+    expected = ranking_loss(scores, ranks)
+    assert loss(scores, ranks).item() == pytest.approx(expected.item(), rel=1e-9)
+    (theirs,), (ours,) = torch.autograd.grad(expected, scores), torch.autograd.grad(loss(scores, ranks), scores)
+    torch.testing.assert_close(ours, theirs)
+    assert loss(torch.zeros(1, 3), torch.ones(1, 3)).item() == 0
+
+
 # Reading ---------------------------------------------------------------------------------------------------------
 
 BEST_FIRST = {"prompt": "p", "completions": ["a", "b", "c"]}
@@ -104,6 +166,7 @@ def test_the_three_forms(tmp_path):
     assert rankings[0].ranks == (1, 2, 3)
     assert rankings[1].ranks == (2, 1, 2)
     assert rankings[2].completions == ([{"content": "a"}], [{"content": "b"}])
+    assert [r.margin for r in read_rankings([RANKED, {**PAIR, "margin": 1}])] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +180,7 @@ def test_the_three_forms(tmp_path):
         ({**RANKED, "ranks": [1, 2]}, "2 ranks for 3 completions"),
         ({**RANKED, "ranks": [1, 2, "x"]}, "expected numbers, 1 for the best"),
         ({**RANKED, "ranks": [1, 2, NAN]}, "expected numbers"),
+        ({**RANKED, "margin": "large"}, "the margin 'large'; expected a number"),
     ],
 )
 def test_malformed_rankings(row, message):
@@ -350,9 +414,37 @@ def test_other_rankings_to_validate_on(language_model, tokenizer):
     assert report.validation.prompts <= 5
 
 
+@pytest.mark.parametrize("loss", ["plackett_luce", "best_of_k"])
+def test_other_losses_learn_as_well(language_model, tokenizer, loss):
+    _, report = train_reward_model(
+        preferences(300), model=language_model, tokenizer=tokenizer, learning_rate=3e-3, loss=loss
+    )
+    assert report.validation.accuracy > 0.85
+
+
+def test_margins_and_ties_reach_the_loss(language_model, tokenizer):
+    def first_loss(**extra):
+        rows = [{"prompt": "what ?", "chosen": "good .", "rejected": "bad .", **extra}]
+        _, report = train_reward_model(rows, model=language_model, tokenizer=tokenizer, validation=None)
+        return report.losses[0]
+
+    difference = -math.log(math.expm1(first_loss()))
+    assert first_loss(margin=2.0) == pytest.approx(math.log1p(math.exp(2.0 - difference)), rel=1e-4)
+    pair = [{"prompt": "sky ?", "chosen": "good sky .", "rejected": "dull ."}]
+    tie = [{"prompt": "what ?", "completions": ["good .", "bad ."], "ranks": [1, 1]}, *pair]
+    settings = {"model": language_model, "tokenizer": tokenizer, "validation": None}
+    (without,) = train_reward_model(pair, **settings)[1].losses
+    (with_tie,) = train_reward_model(tie, tie_weight=1.0, **settings)[1].losses
+    even = (math.log1p(math.exp(difference)) + math.log1p(math.exp(-difference))) / 2
+    assert with_tie == pytest.approx((without + even) / 2, rel=1e-4)  # the mean over two prompts
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"loss": "plackett-luce"}, "loss='plackett-luce'; expected one of .*Did you mean `plackett_luce`"),
+        ({"loss": "best_of_k", "tie_weight": 1.0}, "loss='best_of_k' has no tie_weight"),
+        ({"rankings": [{**RANKED, "margin": 1.0}], "validation": None, "loss": "best_of_k"}, "has no margins"),
         ({"rankings": []}, "cannot be split"),
         ({"rankings": [], "validation": None}, "no ranking to train on"),
         ({"rankings": [{**RANKED, "ranks": [1, 1, 1]}], "validation": None}, "no ranking to train on"),
