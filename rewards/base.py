@@ -721,6 +721,9 @@ def _blame(component: Component, error: BaseException, arguments: Mapping[str, A
         ) from error
     what = f"reward {component.name!r} raised {type(error).__name__}: {error}"
     expected = "expected one float (or None) per completion"
+    if isinstance(error, AttributeError | IndexError | KeyError | TypeError):  # the usual signs of the other format
+        form = "plain texts" if isinstance(completions[0], str) else "lists of messages"
+        expected = f"{expected} (completions are {form} here, as the prompts are)"
     log = _Log()
     for index in range(len(completions)):
         single = _take(arguments, [index]) | {"log_extra": log.extra, "log_metric": log.metric}
