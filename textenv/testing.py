@@ -69,7 +69,7 @@ def check_text_env(
         ):
             warnings.filterwarnings("ignore", message=f".*{harmless}")
         singles = [make() for _ in range(LANES)]
-        check_env(_Legal(singles[0].unwrapped), skip_render_check=True)
+        check_env(_Legal(singles[0]), skip_render_check=True)
         _check_spaces(singles[0])
         _check_episodes(singles[0], steps, seed)
         _check_determinism(singles[0], singles[1], steps, seed, tolerance)
@@ -102,7 +102,8 @@ def _check_spaces(env: Any) -> None:
         isinstance(actions, gym.spaces.Discrete) and actions.start == 0,
         f"Expected the action space to be Discrete(V) from 0, got {actions}.",
     )
-    v = int(actions.n)
+    translated = env.has_wrapper_attr("action_tokens")  # TopKActions: an action stands for a token
+    v = _padding(env) if translated else int(actions.n)
     _expect(
         isinstance(observations, gym.spaces.Box)
         and observations.dtype == np.int64
@@ -114,7 +115,7 @@ def _check_spaces(env: Any) -> None:
 
 
 def _check_episodes(env: Any, steps: int, seed: int) -> None:
-    rng, v = np.random.default_rng(seed), int(env.action_space.n)
+    rng, v = np.random.default_rng(seed), _padding(env)
     task = getattr(env.unwrapped, "task", None)
     budget, stops = getattr(task, "max_new_tokens", None), getattr(task, "stop_tokens", None)
     pays_each_step = getattr(getattr(env.unwrapped, "kl", None), "kind", "policy") == "reference"
@@ -126,13 +127,14 @@ def _check_episodes(env: Any, steps: int, seed: int) -> None:
         for step in range(steps):
             before = len(scored)
             action = _random_action(env, rng)
+            token = int(_choices(env)[action])
             observation, reward, terminated, truncated, info = env.step(action)
-            response.append(action)
+            response.append(token)
             after = _tokens(observation, v)
             where = f"at step {step}, token {len(response)} of an episode"
             _expect(
-                after == [*tokens, action],
-                f"The observation {where} is {after}, expected {[*tokens, action]}: what stood there before, and then the action. Is "
+                after == [*tokens, token],
+                f"The observation {where} is {after}, expected {[*tokens, token]}: what stood there before, and then the action. Is "
                 "a buffer reused, or a token added or lost?",
             )
             _expect(
@@ -140,7 +142,7 @@ def _check_episodes(env: Any, steps: int, seed: int) -> None:
                 f"The episode was truncated {where}. Agents would bootstrap a value there; a token budget belongs to the task and "
                 "terminates. Truncation is left to wrappers such as TimeLimit.",
             )
-            stopped = stops is not None and action in stops
+            stopped = stops is not None and token in stops
             full = budget is not None and len(response) == budget
             if stops is not None and budget is not None:
                 _expect(
@@ -278,18 +280,31 @@ def _tokens(observation: NDArray[np.int64], v: int) -> list[int]:
     return [int(token) for token in observation[:n]]
 
 
+def _padding(env: Any) -> int:
+    """V, which stands behind the tokens of an observation."""
+    return int(env.observation_space.high.max())
+
+
+def _choices(env: Any) -> NDArray[np.int64]:
+    """The token that each action stands for: itself, unless a wrapper says otherwise."""
+    if env.has_wrapper_attr("action_tokens"):
+        return np.asarray(env.get_wrapper_attr("action_tokens")())
+    return np.arange(int(env.action_space.n))
+
+
 def _allowed(env: Any) -> NDArray[np.bool_]:
-    base = env.unwrapped
-    return np.asarray(base.action_masks() if hasattr(base, "action_masks") else np.ones(int(env.action_space.n), bool))
+    if env.has_wrapper_attr("action_masks"):
+        return np.asarray(env.get_wrapper_attr("action_masks")())
+    return np.ones(int(env.action_space.n), bool)
 
 
 def _random_action(env: Any, rng: np.random.Generator, stop: float = STOP) -> int:
-    allowed, task = _allowed(env), getattr(env.unwrapped, "task", None)
-    stops = [token for token in getattr(task, "stop_tokens", ()) if allowed[token]]
-    if stops and rng.random() < stop:
+    allowed, task = np.flatnonzero(_allowed(env)), getattr(env.unwrapped, "task", None)
+    is_stop = np.isin(_choices(env)[allowed], list(getattr(task, "stop_tokens", ())))
+    stops, others = allowed[is_stop], allowed[~is_stop]
+    if len(stops) and rng.random() < stop:
         return int(rng.choice(stops))
-    others = [token for token in np.flatnonzero(allowed) if token not in stops]
-    return int(rng.choice(others or stops))
+    return int(rng.choice(others if len(others) else stops))
 
 
 def _play(env: Any, steps: int, seed: int, reset: bool = True) -> list[Any]:
