@@ -80,8 +80,14 @@ class Policy:
         logits = self.next_logits(observations)
         tokens = logits.argmax(dim=-1) if deterministic else draw(logits, rng.random(len(observations)))
         actions, chosen = tokens.cpu().numpy(), log_prob(logits, tokens).double().cpu().numpy()
-        self._sampled = (np.array(observations), actions.copy(), chosen.copy())
+        self.remember(observations, actions, chosen)
         return actions, chosen
+
+    def remember(
+        self, observations: NDArray[np.int64], actions: NDArray[np.int64], log_probs: NDArray[np.float64]
+    ) -> None:
+        """Keep what has just been drawn, for `log_probs` to answer with. Shapes: (N, L), (N,), (N,)."""
+        self._sampled = (np.array(observations), actions.copy(), log_probs.copy())
 
     def log_probs(self, observations: NDArray[np.int64], actions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Log-probabilities of `actions`, in nats. Shapes: (N, L), (N,) -> (N,)."""
