@@ -13,7 +13,7 @@ FRESH := --force-reinstall    # pip keeps a torch of the same version, whatever 
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench-smoke lock clean
+.PHONY: help setup demo test check format bench-smoke bench-speed lock clean
 
 help:                ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +50,11 @@ format: setup        ## format and fix what can be fixed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench-smoke: setup   ## a quick look at the rollout's speed
-	@$(BIN)/python -m benchmarks.speed
+bench-smoke: setup   ## the benchmark of speed at its smallest: that it runs
+	@$(BIN)/textenv bench speed --size smoke
+
+bench-speed: setup   ## ours against generate, TRL and prefix rows: half an hour on two quiet cores
+	@$(BIN)/textenv bench speed
 
 lock: setup          ## write requirements.lock from .venv
 	@(sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu//') > requirements.new

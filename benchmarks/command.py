@@ -21,6 +21,7 @@ from textenv.prompts import did_you_mean
 PROGRAMS: dict[str, tuple[str, str, str]] = {
     "instructgpt": ("benchmarks.instructgpt", "DemoArguments", "run_demo"),
     "arithmetic": ("benchmarks.arithmetic", "ArithmeticArguments", "run_arithmetic"),
+    "speed": ("benchmarks.speed", "SpeedArguments", "run_speed"),
 }
 """Benchmarks that are no agents x tasks x seeds: name -> module, its arguments, and what runs them."""
 
