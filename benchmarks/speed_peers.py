@@ -6,7 +6,6 @@ they would put in. TRL with `transformers` generation: no vLLM, which does not s
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -280,11 +279,12 @@ def sb3_update(envs: Any, steps: int, minibatches: int, learning_rate: float) ->
     """
     from stable_baselines3 import PPO
 
-    sb3 = importlib.import_module("agents.sb3")
+    from agents.sb3 import LMPolicy, as_vec_env
+
     rows = steps * envs.num_envs
     model = PPO(
-        sb3.LMPolicy,
-        sb3.as_vec_env(envs),
+        LMPolicy,
+        as_vec_env(envs),
         n_steps=steps,
         batch_size=rows // minibatches,
         n_epochs=1,

@@ -237,7 +237,7 @@ def test_the_parts_without_peers_run_and_are_reported(
         "rollout-tiny-4-fixed/step",
         "lanes-tiny",
         "update-tiny/prefix rows",
-        *(["update-tiny/stable-baselines3"] if speed.find_spec("agents.sb3") else []),
+        "update-tiny/stable-baselines3",
         "floor-tiny",
     ]
     fixed = stored["rows"][2]
