@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from benchmarks.run import Engine, ResultsExist, import_ray, run_suite
+from benchmarks.run import Engine, ResultsExist, find_agent, import_ray, run_suite
 from benchmarks.suites import SUITES, Preset, Suite, Task
-from textenv.cli import Count, UsageError, load_agent, load_object, textenv_ids, usage_errors
+from textenv.cli import Count, UsageError, first_line_of, load_object, textenv_ids, usage_errors
 from textenv.prompts import did_you_mean
 
 PROGRAMS: dict[str, tuple[str, str, str]] = {
@@ -82,7 +82,7 @@ def bench(arguments: Sequence[str]) -> None:
         for name, suite in SUITES.items():
             print(f"  {name:17} {suite.title}")
         for name, (module, _, _) in PROGRAMS.items():
-            print(f"  {name:17} {(importlib.import_module(module).__doc__ or '').splitlines()[0]}")
+            print(f"  {name:17} {first_line_of(module)}")
         print("\nYours: textenv bench my_suite.py:suite, or textenv bench custom --tasks ... --agents ...")
         return
     name, flags = arguments[0], list(arguments[1:])
@@ -176,7 +176,7 @@ def find_preset(name: str, suite: Suite, agent: str) -> tuple[str, Preset]:
         raise UsageError(
             f"Suite {name!r} has no agent {agent!r}; it has {', '.join(suite.agents)}.{did_you_mean(agent, list(suite.agents))}"
         )
-    found = load_agent(agent)
+    found = find_agent(agent)
     where, colon, rest = agent.rpartition(":")
     if where.endswith(".py"):
         agent = f"{Path(where).resolve()}{colon}{rest}"

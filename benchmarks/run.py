@@ -220,9 +220,9 @@ def make_env(cell: Cell, lanes: int, **changes: Any) -> Any:
 
 def find_agent(name: str) -> Any:
     """A class (or a function that makes an agent) by name, as `module:Class` or as `file.py:Class`."""
-    from textenv.cli import load_agent
+    from textenv.cli import load_agent, load_object
 
-    return load_agent(name)
+    return load_object(name, "the agent") if ":" in name else load_agent(name)
 
 
 def learn(agent: Any, lanes: Any, tokens: int) -> dict[str, list[float]]:
@@ -293,7 +293,7 @@ def accounts(agent: Any) -> dict[str, float]:
     """What the run has cost: tokens, gradient tokens, calls of reward and reference (docs/agents)."""
     last = agent.history[-1] if getattr(agent, "history", None) else {}
     counted = {name.removeprefix("time/"): value for name, value in last.items() if name.startswith("time/")}
-    return {"timesteps": float(agent.num_timesteps)} | {k: v for k, v in counted.items() if k != "seconds"}
+    return {"timesteps": float(agent.num_timesteps)} | {k: v for k, v in counted.items() if not k.endswith("seconds")}
 
 
 def frontier(lanes: Any) -> dict[str, list[float]]:

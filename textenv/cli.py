@@ -418,7 +418,7 @@ def envs(arguments: Sequence[str]) -> None:
     _no_flags(arguments, "envs")
     _table(
         ("id", "what it is"),
-        [(name, _first_line(spec.entry_point.split(":")[0])) for name, spec in sorted(textenv_ids().items())],
+        [(name, first_line_of(spec.entry_point.split(":")[0])) for name, spec in sorted(textenv_ids().items())],
     )
 
 
@@ -427,7 +427,7 @@ def agents(arguments: Sequence[str]) -> None:
     from agents import AGENTS
 
     _no_flags(arguments, "agents")
-    _table(("agent", "what it is", "file"), [(name, _first_line(module), module) for name, module in AGENTS.items()])
+    _table(("agent", "what it is", "file"), [(name, first_line_of(module), module) for name, module in AGENTS.items()])
 
 
 def demo(arguments: Sequence[str]) -> None:
@@ -851,7 +851,7 @@ def _summary(thing: Any) -> str:
     return (thing.__doc__ or "").strip().splitlines()[0] if thing.__doc__ else ""
 
 
-def _first_line(module: str) -> str:
+def first_line_of(module: str) -> str:
     """The first line of a module's docstring, without importing the module."""
     import ast
 
