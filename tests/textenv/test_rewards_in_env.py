@@ -236,3 +236,35 @@ def test_components_are_rendered_by_name_when_the_episode_has_ended(make: Any, c
     human.step(B)
     human.step(EOS)
     assert "[reward 3: long 1, b 1]" in capsys.readouterr().out
+
+
+def test_a_reward_that_sleeps_for_ever_stops_the_run_when_it_has_a_limit(make_vec: Any) -> None:
+    import threading
+
+    from rewards import TimeLimit
+
+    release = threading.Event()
+
+    def judge(completions: list[str]) -> list[float]:
+        release.wait()
+        return [0.0] * len(completions)
+
+    env = make_vec(1, reward=TimeLimit(judge, seconds=0.05))
+    env.reset(seed=0)
+    env.step(np.array([A]))
+    with pytest.raises(
+        ValueError, match=r"reward 'judge' did not return within its time limit of 0.05 s.*completion 'a'"
+    ):
+        env.step(np.array([EOS]))
+    release.set()
+
+
+def test_what_a_reward_prints_comes_between_the_steps_and_changes_nothing(make_vec: Any, capsys: Any) -> None:
+    def chatty(completions: list[str]) -> list[float]:
+        print("scoring", completions)
+        return [1.0] * len(completions)
+
+    env = make_vec(1, reward=chatty)
+    env.reset(seed=0)
+    assert env.step(np.array([EOS]))[1].tolist() == [1.0]
+    assert capsys.readouterr().out == "scoring ['']\n"
