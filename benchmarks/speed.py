@@ -209,9 +209,8 @@ def lanes(bench: Bench, shape: Shape, name: str) -> list[Row]:
 def iterate(agent: Any) -> int:
     """One iteration of one of our agents. Returns the tokens it has written."""
     before = agent.num_timesteps
-    agent.learn(
-        agent.num_timesteps - agent.timesteps_counted + 1
-    )  # `learn` counts from where its last call should have ended
+    # `learn` counts from where its last call should have ended, and that call has gone on to the end of its rollout.
+    agent.learn(before - agent.timesteps_counted + 1)
     return int(agent.num_timesteps - before)
 
 
@@ -285,7 +284,7 @@ def iterations(bench: Bench, shape: Shape, algorithm: str, stops: bool, name: st
     runs = {side: mine[1:] for side, mine in runs.items()}  # the first is warm-up
     check_same_work(runs, budget, episodes, stops)
     theirs = Side("TRL", lambda: 0, lambda: 0, threads)
-    return [compare(name, [ours, theirs], runs, "textenv", "TRL", notes=f"TRL's micro-batch: {micro_batch}")]
+    return [compare(name, [ours, theirs], runs, "textenv", "TRL", notes=f"{name}: TRL's micro-batch is {micro_batch}")]
 
 
 def memory(bench: Bench, shape: Shape, name: str) -> list[Row]:
@@ -322,14 +321,18 @@ def memory(bench: Bench, shape: Shape, name: str) -> list[Row]:
                 for side in ("textenv", peer)
             },
             unit="MiB",
-            notes=f"TRL: {note}",
+            notes=f"{what}: {note}",
         )
         for what, peer, note in (
-            ("as timed", "TRL", f"micro-batch {micro_batch}, no gradient checkpointing: as it is fastest"),
+            (
+                "as timed",
+                "TRL",
+                f"TRL with micro-batches of {micro_batch} and no gradient checkpointing, as it is fastest",
+            ),
             (
                 "defaults",
                 "TRL, its defaults",
-                f"micro-batch {defaults.micro_batch}, gradient checkpointing: its defaults",
+                f"TRL with micro-batches of {defaults.micro_batch} and gradient checkpointing, its own defaults",
             ),
         )
     ]
@@ -412,7 +415,7 @@ def updates(bench: Bench, shape: Shape, name: str) -> list[Row]:
         sides += bench.settle([Side("stable-baselines3", sb3, sb3)], "update", shape.name)
     runs = interleave(sides, bench.size.repeats)
     check_same_work(runs, budget, episodes, stops=False)
-    notes = f"micro-batch of the rows: {micro_batch}"
+    notes = f"{name}: the micro-batch of the rows is {micro_batch}"
     return [
         compare(
             f"{name}/{side.name}", sides, runs, "textenv", side.name, notes=notes if side.name == "prefix rows" else ""

@@ -156,7 +156,7 @@ class Table:
 
         table = RichTable(box=None, padding=(0, 1, 0, 0))
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left", no_wrap=len(self.columns) > 1)
+            table.add_column(column, justify="right" if i else "left", no_wrap=True)
         for row in self.cells:
             table.add_row(*map(escape, row))
         return Group("", f"[bold]{escape(self.title)}[/bold]", table, f"[dim]{escape(self.caption)}[/dim]")
@@ -185,7 +185,8 @@ def make_tables(report: Mapping[str, Any], size: Size, beta: float, group_size: 
         f"{rollout_episodes(n, True)} episodes in {n} lanes with a cap of {rollout_budget(size, n)}" for n in size.lanes
     )
     episodes, budget = size.iteration
-    trl = "two CPU cores, Transformers generation, no vLLM"
+    count = report["machine"]["cores"]
+    trl = f"{'two CPU cores' if count == 2 else f'CPU cores: {count}'}, Transformers generation, no vLLM"
     captions = {
         "rollout": (
             "Writing: the Gym loop against generate",
@@ -199,12 +200,12 @@ def make_tables(report: Mapping[str, Any], size: Size, beta: float, group_size: 
         ),
         "iteration": (
             f"One iteration, rollout to optimiser step, against TRL ({trl})",
-            f"{trl}. {episodes} episodes in groups of {group_size}, {tokens}, {budget} response tokens (fixed) or a third of them in the mean "
+            f"{episodes} episodes in groups of {group_size}, {tokens}, {budget} response tokens (fixed) or a third of them in the mean "
             f"(self), one optimiser step, beta {beta} with a reference model, float32 on both sides.",
         ),
         "memory": (
             f"Peak memory of an RLOO iteration above what is loaded ({trl})",
-            f"The iteration above with fixed lengths, two of them, each side in a process of its own. {trl}.",
+            "The iteration above with fixed lengths, two of them, each side in a process of its own.",
         ),
         "update": (
             "One PPO update against one row per (prefix, token)",
@@ -220,8 +221,8 @@ def make_tables(report: Mapping[str, Any], size: Size, beta: float, group_size: 
         rows = [row for row in report["rows"] if row["section"] == section]
         if rows:
             columns = ("what", "ours", "peer", "ratio", "rounds", "threads", "aim")
-            yield Table(f"{title}, {rows[0]['unit']}", columns, [*map(cells, rows)], caption)
-    notes = "; ".join(dict.fromkeys(row["notes"] for row in report["rows"] if row["notes"]))
+            notes = "".join(f" {note}." for note in dict.fromkeys(row["notes"] for row in rows) if note)
+            yield Table(f"{title}, {rows[0]['unit']}", columns, [*map(cells, rows)], caption + notes)
     alone = [curve for curve in report["curves"] if curve["section"] == "env"]
     if alone:
         columns = ("lanes", *(curve["name"] for curve in alone))
@@ -238,8 +239,6 @@ def make_tables(report: Mapping[str, Any], size: Size, beta: float, group_size: 
             f"Deferred lane, one thread. Steepest part: total cost grows as x^{curve['exponent']:.2f}"
             + (f", worse than linear: {curve['notes']}." if curve["notes"] else "."),
         )
-    if notes:
-        yield Table("Chosen by measurement", ("what",), [(note,) for note in notes.split("; ")], "")
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
