@@ -50,8 +50,8 @@ format: setup        ## format and fix what can be fixed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench-smoke: setup   ## the benchmark of speed at its smallest: that it runs
-	@$(BIN)/textenv bench speed --size smoke
+bench-smoke: setup   ## every kind of benchmark once, small: that it runs, resumes and reports
+	@$(BIN)/textenv bench smoke --jobs 2 --overwrite
 
 bench-speed: setup   ## ours against generate, TRL and prefix rows: half an hour on two quiet cores
 	@$(BIN)/textenv bench speed

@@ -24,3 +24,19 @@ def web_text(tokens: int) -> NDArray[np.int64]:
 
     stream = pack(make_corpus(tokens, seed=1))
     return stream[: len(stream) // 48 * 48].reshape(-1, 48)
+
+
+def sb3(env: Any, *, seed: int, algorithm: str, library: str = "stable_baselines3", **config: Any) -> Any:
+    """An algorithm of stable-baselines3 or sb3-contrib, unmodified, with our language model as its policy.
+
+    `DQN` takes no such policy: it reads tokens through an embedding and learns from nothing.
+    """
+    from importlib import import_module
+
+    from agents.sb3 import LMPolicy, TokenEmbedding, as_vec_env
+
+    model = getattr(import_module(library), algorithm)
+    if algorithm == "DQN":
+        extractor = {"features_extractor_class": TokenEmbedding}
+        return model("MlpPolicy", as_vec_env(env), seed=seed, device="cpu", policy_kwargs=extractor, **config)
+    return model(LMPolicy, as_vec_env(env), seed=seed, device="cpu", **config)

@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.base import LanguageModelAgent
-from agents.rollout import run_prompts
-from textenv.ledger import Episodes
+if TYPE_CHECKING:  # reports do without torch
+    from textenv.ledger import Episodes
 
 BETAS = np.logspace(-3, 3, 400)
 """Of the frontier that no policy can lie above, reward per nat."""
@@ -26,8 +25,10 @@ DRAWN_BETAS = np.logspace(-1.3, 1.5, 25)
 LOWER_IS_BETTER = frozenset(
     {"regret", "kl_to_optimum", "false_facts", "rude", "over_refusal", "lm_loss", "failed", "optimality_gap"}
 )
-NEITHER = frozenset({"kl", "length", "words", "beta", "optimum", "frontier_reward", "reward_reference", "optimum_kl"})
+NEITHER = frozenset({"kl", "length", "words"})
 """What is described and not judged: a KL is the price of a reward, which `objective` counts."""
+OF_THE_TASK = frozenset({"beta", "optimum", "optimum_reward", "optimum_kl", "reward_reference", "frontier_reward"})
+"""What is no figure of the agent."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Answers:
     @cached_property
     def reference_texts(self) -> list[str]:
         """What the model that training starts from answers, with the same seed."""
+        from agents.base import LanguageModelAgent
+
         reference = LanguageModelAgent(self.lanes, seed=self.seed)
         return list(self.lanes.completions(self.answer(reference)))
 
@@ -70,6 +73,8 @@ class Answers:
 
     def answer(self, agent: Any) -> Episodes:
         """Any agent's answers to these prompts."""
+        from agents.rollout import run_prompts
+
         policy = getattr(agent, "policy", None)
         if hasattr(policy, "log_probs"):
             self.lanes.attach_policy(policy, pay=False)
@@ -111,8 +116,14 @@ def exact(answers: Answers) -> dict[str, float]:
 
 
 def policy_of(agent: Any) -> Any:
-    """What `evaluate` takes: the agent's policy, or its distribution over completions where it is known."""
-    return agent.completion_log_probs() if hasattr(agent, "completion_log_probs") else agent.policy
+    """What an environment can evaluate or attach: the agent's distribution over completions where it is known, or its policy."""
+    if hasattr(agent, "completion_log_probs"):
+        return agent.completion_log_probs()
+    if hasattr(agent.policy, "log_probs"):
+        return agent.policy
+    from agents.sb3 import as_policy
+
+    return as_policy(agent)
 
 
 def exact_figures(lanes: Any, policy: Any) -> dict[str, float]:
@@ -178,6 +189,6 @@ METRICS: Mapping[str, Callable[[Answers], dict[str, float]]] = {
 
 def direction(metric: str, lower_is_better: Sequence[str] = ()) -> int:
     """1 if more of it is better, -1 if less is, 0 if neither."""
-    if metric in NEITHER or metric.endswith(("_low", "_high")):
+    if metric in NEITHER | OF_THE_TASK or metric.endswith(("_low", "_high")):
         return 0
     return -1 if metric in LOWER_IS_BETTER or metric in lower_is_better else 1

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.stats import trim_mean
 
 from benchmarks import stats
-from benchmarks.metrics import direction
+from benchmarks.metrics import OF_THE_TASK, direction
 from benchmarks.records import write_text
 from benchmarks.run import MANIFEST, read_rows
 from benchmarks.stats import Interval, stratified_bootstrap
@@ -156,8 +156,7 @@ def ranking(results: Results) -> list[str]:
 def ranks(results: Results, order: Sequence[str]) -> Figures:
     """The headline metric with its interval, and what is missing to 1."""
     bounded = results.manifest.get("bounded")
-    header = ["agent", f"{results.headline}, IQM", "95% interval", "median"]
-    header += ([f"gap of {bounded} to 1"] if bounded else []) + ["seeds", "tokens", "CPU min"]
+    header = ["agent", "IQM", "95% interval", "median", *(["gap"] if bounded else []), "seeds", "tokens", "CPU min"]
     lines, fewest = [], ENOUGH_SEEDS
     for agent in order:
         seeds, scores = results.table(agent, results.headline)
@@ -165,7 +164,8 @@ def ranks(results: Results, order: Sequence[str]) -> Figures:
         if len(seeds):
             fewest = min(fewest, len(seeds))
             interval = stratified_bootstrap(stats.iqm, scores)
-            cells += [number(interval.estimate), span(interval), number(stats.median(scores))]
+            limits = span(interval) if len(seeds) > 1 else "-"
+            cells += [number(interval.estimate), limits, number(stats.median(scores))]
         else:
             cells += ["-"] * 3
         if bounded:
@@ -175,13 +175,17 @@ def ranks(results: Results, order: Sequence[str]) -> Figures:
         tokens = [t for row in mine if (t := row["accounts"].get("timesteps")) is not None]
         minutes = sum(row["time"]["cpu_seconds"] for row in results.rows if row["agent"] == agent) / 60
         lines.append([*cells, str(len(seeds)), f"{np.mean(tokens):,.0f}" if tokens else "-", f"{minutes:.1f}"])
-    note = f"IQM: mean without the lowest and highest quarter of all runs; median over tasks of the mean. {coverage_note(fewest, len(results.tasks))}"
-    return Figures("Leaderboard", header, lines, note)
+    note = f"{results.headline}: IQM is the mean without the lowest and highest quarter of all runs; median that over tasks of the mean; "
+    note += f"gap what is missing to 1, in {bounded}. " if bounded else ""
+    note += coverage_note(fewest, len(results.tasks))
+    return Figures(f"Leaderboard: {results.headline}", header, lines, note)
 
 
 def coverage_note(seeds: int, tasks: int) -> str:
     """What intervals are about; with few seeds, how much they really cover."""
     text = "Intervals are a stratified bootstrap's, over seeds."
+    if seeds == 1:
+        return "Of one seed there is no interval."
     if seeds < ENOUGH_SEEDS:
         real = stats.coverage(seeds, tasks)
         text += (
@@ -784,6 +788,8 @@ class Comparison:
     differences: Sequence[Difference]
     alone: Sequence[str]
     """Agents of one side only."""
+    confidence: float
+    """Of the intervals."""
 
 
 def compare_results(before: str, after: str, confidence: float = 0.95) -> Comparison:
@@ -818,7 +824,7 @@ def compare_results(before: str, after: str, confidence: float = 0.95) -> Compar
         for metric in metrics_of(new, b):
             sides = old.table(a, metric, tasks), new.table(b, metric, tasks)
             common = sorted(set(sides[0][0]) & set(sides[1][0]))
-            if not common or metric.endswith(("_low", "_high")):
+            if not common or metric in OF_THE_TASK or metric.endswith(("_low", "_high")):
                 continue
             x, y = (values[[seeds.index(seed) for seed in common]] for seeds, values in sides)
             difference = stats.paired_difference(y, x, confidence)
@@ -838,7 +844,7 @@ def compare_results(before: str, after: str, confidence: float = 0.95) -> Compar
     if not found:
         raise ValueError(f"{before} and {after} have no finished run of the same agent, task and seed in common.")
     alone = [] if old_agent else sorted(set(old.agents) ^ set(new.agents))
-    return Comparison(found, alone)
+    return Comparison(found, alone, confidence)
 
 
 def metrics_of(results: Results, agent: str) -> list[str]:
@@ -868,17 +874,23 @@ def print_comparison(comparison: Comparison, console: Any) -> bool:
     from rich.table import Table
 
     colours = {"better": "green", "worse": "red"}
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for i, name in enumerate(("agent", "metric", "before", "after", "difference", "95% interval", "seeds", "verdict")):
-        table.add_column(name, justify="left" if i < 2 or name == "verdict" else "right")
-    for d in comparison.differences:
-        style = colours.get(d.verdict)
-        told = f"[{style}]{d.verdict}[/{style}]" if style else d.verdict
-        table.add_row(
-            escape(d.agent), ("[bold]" if d.headline else "") + escape(d.metric), number(d.before), number(d.after),
-            f"{d.difference.estimate:+.3f}", span(d.difference), str(d.seeds), told,
-        )  # fmt: skip
-    console.print(table)
+    names = list(dict.fromkeys(d.agent for d in comparison.differences))
+    for agent in names:
+        table = Table(title=escape(agent), title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for i, name in enumerate(
+            ("metric", "before", "after", "difference", f"{comparison.confidence:.0%} interval", "seeds", "verdict")
+        ):
+            table.add_column(name, justify="right" if 0 < i < 6 else "left", no_wrap=True)
+        for d in (d for d in comparison.differences if d.agent == agent):
+            style = colours.get(d.verdict)
+            told = f"[{style}]{d.verdict}[/{style}]" if style else d.verdict
+            limits = span(d.difference).replace(" to ", "..")
+            table.add_row(
+                ("[bold]" if d.headline else "") + escape(d.metric), number(d.before), number(d.after),
+                f"{d.difference.estimate:+.3f}", limits, str(d.seeds), told,
+            )  # fmt: skip
+        console.print(table)
+        console.print()
     if comparison.alone:
         console.print(f"On one side only: {', '.join(comparison.alone)}.", highlight=False)
     headline = [d for d in comparison.differences if d.headline]

@@ -229,6 +229,8 @@ def learn(agent: Any, lanes: Any, tokens: int) -> dict[str, list[float]]:
     """Train; returns the curve, column by column. Where the optimum is known it has the exact score at about 20 points."""
     from stable_baselines3.common.callbacks import BaseCallback
 
+    from benchmarks.metrics import policy_of
+
     marks = np.geomspace(max(1, min(500, tokens // 8)), tokens, POINTS)
     points: list[dict[str, float]] = []
     began = time.perf_counter()
@@ -238,7 +240,7 @@ def learn(agent: Any, lanes: Any, tokens: int) -> dict[str, list[float]]:
         nonlocal evaluating
         now = time.perf_counter()
         if hasattr(lanes, "solve"):
-            value = lanes.evaluate(agent.policy)
+            value = lanes.evaluate(policy_of(agent))
             point = {"score": value.score, "reward": value.reward, "kl": value.kl}
             points.append({"tokens": agent.num_timesteps, "seconds": now - began - evaluating} | point)
         evaluating += time.perf_counter() - now

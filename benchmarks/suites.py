@@ -187,7 +187,7 @@ ASSISTANT = Suite(
     tasks={"assistant": ASSISTANT_TASK},
     agents=ASSISTANT_AGENTS,
     seeds=5,
-    tokens=40_000,
+    tokens=50_000,
     metrics=("sampled", "assistant"),
     bounded="gold",
     frontier=("reward", "gold"),
@@ -258,6 +258,49 @@ BETA_SWEEP_EXACT = Suite(
 )
 
 
+# ---------------------------------------------------------------------- stable-baselines3, unmodified
+
+SB3 = "benchmarks.factories:sb3"
+SB3_ROLLOUT: dict[str, Any] = {"gamma": 1.0, "n_steps": 16, "batch_size": 256, "n_epochs": 4, "learning_rate": 2e-3}
+
+THIRD_PARTY = Suite(
+    title="Agents of stable-baselines3 and sb3-contrib, unmodified, beside our own",
+    tasks={structure: replace(tree(structure), first_task_seed=2000) for structure in ("random", "trap")},
+    agents={
+        "PPO": Preset(agent="PPO", config={"learning_rate": 2e-3, "minibatch_episodes": 64}, tokens=20_000),
+        "A2C": Preset(agent="A2C", config={"learning_rate": 4e-3, "episodes_per_update": 128}, tokens=40_000),
+        "sb3 PPO": Preset(agent=SB3, config={"algorithm": "PPO"} | SB3_ROLLOUT, tokens=20_000, decay=False),
+        "sb3 A2C": Preset(
+            agent=SB3,
+            config={"algorithm": "A2C", "gamma": 1.0, "n_steps": 8, "learning_rate": 2e-3},
+            tokens=40_000,
+            decay=False,
+        ),
+        "sb3-contrib MaskablePPO": Preset(
+            agent=SB3,
+            config={"library": "sb3_contrib", "algorithm": "MaskablePPO"} | SB3_ROLLOUT,
+            tokens=20_000,
+            decay=False,
+        ),
+        "sb3-contrib TRPO": Preset(
+            agent=SB3,
+            config={
+                "library": "sb3_contrib", "algorithm": "TRPO", "gamma": 1.0, "n_steps": 8, "batch_size": 1024,
+                "sub_sampling_factor": 2, "target_kl": 0.05, "cg_max_steps": 3, "n_critic_updates": 5, "learning_rate": 1e-2,
+            },
+            tokens=8_000,
+            decay=False,
+        ),
+    },
+    seeds=5,
+    metrics=("exact",),
+    headline="score",
+    bounded="score",
+    columns=("regret", "reward", "kl"),
+)  # fmt: skip
+"""Not tuned on these tasks; TRPO is slow, so its runs are short."""
+
+
 # ---------------------------------------------------------------------- others
 
 TINY_TREE = {"vocab_size": 3, "horizon": 3}
@@ -287,6 +330,7 @@ SUITES: dict[str, Suite] = {
     "verifiable": VERIFIABLE,
     "beta-sweep": BETA_SWEEP,
     "beta-sweep-exact": BETA_SWEEP_EXACT,
+    "third-party": THIRD_PARTY,
     "custom": Suite(title="Your tasks and agents, from the command line", tasks={}, agents={}),
 }
 """What `textenv bench` knows by name."""

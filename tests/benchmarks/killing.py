@@ -19,7 +19,7 @@ from benchmarks.run import Engine, cells, run_suite, without_time
 from benchmarks.suites import Suite
 from tests.benchmarks.suite_for_tests import mine, suite
 
-WRITING_SECONDS = 0.3
+WRITING_SECONDS = 0.8
 """Between a row's scratch file and its name, so that kills hit it there, too."""
 
 
@@ -34,7 +34,7 @@ class Tally:
 
 def long_suite(seeds: int) -> Suite:
     """Real training, drawn out a little."""
-    return replace(suite, agents={"Slow": mine("Slow"), "BestOfN": suite.agents["BestOfN"]}, seeds=seeds, tokens=600)
+    return replace(suite, agents={"Slow": mine("Slow"), "BestOfN": suite.agents["BestOfN"]}, seeds=seeds, tokens=300)
 
 
 def run_in_child(chosen: Suite, out: Path, engine: Engine) -> int:
