@@ -62,7 +62,8 @@ class RewardModel:
             raise RewardError(
                 f"{type(model).__name__} has num_labels={labels} and {'a' if hasattr(model, 'score') else 'no'} "
                 "`score` head; expected a decoder's sequence classifier with num_labels=1. For a language model, "
-                "use RewardModel.from_language_model(model, tokenizer) and train_reward_model(...)"
+                "use RewardModel.from_language_model(model, tokenizer) and train_reward_model(...); for any other "
+                "classifier, Classifier(model, tokenizer, label)"
             )
         self.model = model
         self.tokenizer = tokenizer

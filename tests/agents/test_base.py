@@ -6,6 +6,7 @@ import ast
 import csv
 import importlib
 import re
+import time
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
@@ -478,3 +479,18 @@ def test_the_reference_never_moves(make_envs, model):
     assert not same_tensors(agent.policy.model.state_dict(), before)
     logits = plain_logits(agent.policy.model, np.array([1, 2, 3]), 1)
     assert not torch.equal(logits, plain_logits(model, np.array([1, 2, 3]), 1))
+
+
+def test_the_time_spent_in_rewards_is_a_part_of_the_whole_and_evaluations_are_not_counted(make_envs):
+    def slow(completions, **columns):
+        time.sleep(0.01)
+        return [0.0] * len(completions)
+
+    envs = make_envs(reward=slow)
+    agent = PPO(envs, seed=0, **SMALL)
+    agent.learn(1)
+    envs.unwrapped.reward.seconds += 1000.0  # an evaluation in between
+    agent.learn(agent.num_timesteps)
+    first, second = (row["time/reward_seconds"] for row in agent.history)
+    assert 0.01 <= first < agent.history[0]["time/seconds"]
+    assert first + 0.01 <= second < min(agent.history[1]["time/seconds"], 1000)
