@@ -89,14 +89,19 @@ class Policy:
         """Keep what has just been drawn, for `log_probs` to answer with. Shapes: (N, L), (N,), (N,)."""
         self._sampled = (np.array(observations), actions.copy(), log_probs.copy())
 
+    def drew(self, observations: NDArray[np.int64], actions: NDArray[np.int64]) -> bool:
+        """Whether this is what was drawn last. Shapes: (N, L), (N,)."""
+        if self._sampled is None:
+            return False
+        seen, taken, _ = self._sampled
+        return np.array_equal(seen, observations) and np.array_equal(taken, actions)
+
     def log_probs(self, observations: NDArray[np.int64], actions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Log-probabilities of `actions`, in nats. Shapes: (N, L), (N,) -> (N,)."""
         if self.lm.refresh():
             self.invalidate()
-        if self._sampled is not None:
-            seen, taken, chosen = self._sampled
-            if seen.shape == observations.shape and (seen == observations).all() and (taken == actions).all():
-                return chosen.copy()
+        if self._sampled is not None and self.drew(observations, actions):
+            return self._sampled[2].copy()
         logits = self.next_logits(observations)
         return log_prob(logits, torch.as_tensor(actions, device=logits.device)).double().cpu().numpy()
 

@@ -137,7 +137,6 @@ class TextVecEnv(VecEnv):
         self._actions = np.zeros(self.num_envs, np.int64)
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
         self._start = time.time()
-        _ENVIRONMENTS.add(self)
 
     def reset(self) -> INTS:
         """Begin new episodes, with the seeds and options that `seed` and `set_options` have left. Shape: (N, L)."""
@@ -151,8 +150,9 @@ class TextVecEnv(VecEnv):
         return observations.copy()
 
     def step_async(self, actions: INTS) -> None:
-        """Take note of the actions. Shape: (N,)."""
+        """Take note of the actions, and of whose they are. Shape: (N,)."""
         self._actions = np.asarray(actions)
+        self._attach_actor()
 
     def step_wait(self) -> tuple[INTS, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Step: observations (N, L), rewards (N,) in float32 as theirs are, dones (N,), and an info for each lane."""
@@ -182,9 +182,17 @@ class TextVecEnv(VecEnv):
         """Have the environment pay (or only measure) this policy's KL. It speaks the actions of this environment's action space."""
         self._find("attach_policy")(policy, pay=pay)
 
-    def shows(self, observations: INTS) -> bool:
-        """Whether these are the observations that were last returned. Shape: (N, L)."""
-        return self._shown is not None and np.array_equal(self._shown, observations)
+    def _attach_actor(self) -> None:
+        """Have the `LMPolicy` that drew these actions pay for them: after `load` and `set_env` nobody else tells who acts here.
+
+        Where several drew the same, none is guessed at; what the user has attached stays.
+        """
+        attached = self.lanes.kl.policy
+        if self._shown is None or not isinstance(attached, LMPolicy | None):
+            return
+        actors = [policy for policy in _POLICIES if policy.writer.drew(self._shown, self._actions)]
+        if len(actors) == 1 and actors[0] is not attached:
+            self.lanes.kl.attach(actors[0])
 
     def close(self) -> None:
         """Close the environment."""
@@ -225,10 +233,6 @@ class TextVecEnv(VecEnv):
             if hasattr(layer, name):
                 return getattr(layer, name)
         raise AttributeError(f"{self.envs} has no attribute {name!r}")
-
-
-_ENVIRONMENTS: weakref.WeakSet[TextVecEnv] = weakref.WeakSet()
-"""Those in use, for a policy to find the one that it acts in."""
 
 
 def _of_lane(infos: dict[str, Any], lane: int) -> dict[str, Any]:
@@ -324,7 +328,7 @@ class LMPolicy(ActorCriticPolicy):
         nn.init.zeros_(self.value_net.weight)
         nn.init.zeros_(self.value_net.bias)
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
-        self._env: TextVecEnv | None = None
+        _POLICIES.add(self)
         if self.observation_space.env is not None:
             self._attach_to(self.observation_space.env)
 
@@ -351,7 +355,6 @@ class LMPolicy(ActorCriticPolicy):
         return actions, self.value_net(self.writer.lm.next_hidden(observations).float()), log_probs
 
     def _act(self, observations: INTS, deterministic: bool, action_masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
-        self._attach_where_acting(observations)
         logits = _masked(self.writer.next_logits(observations), action_masks)
         # Uniforms from torch's generator, which model.set_random_seed seeds.
         uniforms = torch.rand(len(observations), dtype=torch.float64).numpy()
@@ -434,31 +437,19 @@ class LMPolicy(ActorCriticPolicy):
             self.invalidate()
         return super().train(False)
 
-    # ------------------------------------------------------------------ whose KL is paid
-
     def _attach_to(self, env: TextVecEnv) -> None:
-        """Have the environment pay this policy's KL, unless it does already, or the user has attached something else."""
+        """Have the environment pay this policy's KL, unless the user has attached something of their own."""
         if env.lanes.kl.kind == "reference":
             raise ValueError(
                 "kl='reference' leaves -beta log pi(a|s) to the agent, and stable-baselines3's agents do not add it: make the environment "
                 "with kl='policy' (the default)."
             )
-        self._env = env
-        attached = env.lanes.kl.policy
-        if attached is not self and isinstance(attached, LMPolicy | None):
+        if isinstance(env.lanes.kl.policy, LMPolicy | None):
             env.attach_policy(self)
 
-    def _attach_where_acting(self, observations: INTS) -> None:
-        """Find the environment that shows these observations: neither `load` nor `set_env` tells a policy where it is.
 
-        Where several show them, nobody is guessed at: the environment itself warns that it pays no KL.
-        """
-        if self._env is not None and self._env.shows(observations):
-            showing = [self._env]
-        else:
-            showing = [env for env in _ENVIRONMENTS if env.shows(observations)]
-        if len(showing) == 1:
-            self._attach_to(showing[0])
+_POLICIES: weakref.WeakSet[LMPolicy] = weakref.WeakSet()
+"""Those in use, for an environment to find the one that acts in it."""
 
 
 def _tokens(obs: torch.Tensor) -> INTS:
