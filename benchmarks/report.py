@@ -139,7 +139,8 @@ def leaderboard(directory: Path) -> list[Figures]:
 def tables(results: Results) -> list[Figures]:
     """Leaderboard; by task, or metric by metric; and everybody against the first."""
     order = ranking(results)
-    return [ranks(results, order), by_task(results, order), by_metric(results, order), *versus_first(results, order)]
+    several = [by_task(results, order)] if len(results.tasks) > 1 else []
+    return [ranks(results, order), *several, by_metric(results, order), *versus_first(results, order)]
 
 
 def ranking(results: Results) -> list[str]:
@@ -293,8 +294,7 @@ def print_tables(figures: Sequence[Figures], console: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    shown = [figures[0], figures[1] if len(figures[1].header) > 3 else figures[2]]
-    for part in shown:
+    for part in figures[:2]:
         table = Table(title=escape(part.title), caption=escape(part.note), box=None, padding=(0, 1, 0, 0))
         for i, name in enumerate(part.header):
             table.add_column(escape(name), justify="right" if i else "left", no_wrap=i == 0)
@@ -341,7 +341,7 @@ def lead(results: Results) -> str:
     made = ", ".join(f"{name} {value}" for name, value in results.rows[0]["versions"].items())
     return (
         f"{len(results.agents)} agents on {len(results.tasks)} task{'s' * (len(results.tasks) > 1)} ({', '.join(results.tasks)}), "
-        f"{len(seeds)} seeds, {len(results.rows)} runs, {failures} of them failed. Made by {results.made_by}. With {made}."
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {len(results.rows)} runs, {failures} of them failed. Made by {results.made_by}. With {made}."
     )
 
 
@@ -396,7 +396,8 @@ def as_html(results: Results, parts: Sequence[Figures], pictures: Sequence[Pictu
 
     def figure(picture: Picture) -> str:
         data = base64.b64encode(picture.png).decode()
-        image = f"<img alt='{html.escape(picture.title)}' src='data:image/png;base64,{data}'>"
+        narrow = "class='one' " * (picture.name == "profile")
+        image = f"<img {narrow}alt='{html.escape(picture.title)}' src='data:image/png;base64,{data}'>"
         return f"<h2>{html.escape(picture.title)}</h2><figure><div class='scroll'>{image}</div><figcaption>{text(picture.caption)}</figcaption></figure>"
 
     def table(part: Figures) -> str:
@@ -911,7 +912,7 @@ body {{ font: 16px/1.55 system-ui, sans-serif; color: #16324a; max-width: 72rem;
 h1 {{ font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }} h2 {{ margin: 2.2rem 0 .6rem; font-size: 1.25rem; }} h3 {{ margin: 0 0 .4rem; font-size: 1rem; }}
 .lead {{ background: #eef4f7; padding: .9rem 1.1rem; border-radius: .5rem; }}
 .note, figcaption {{ color: #51687a; font-size: .88rem; margin: .5rem 0 0; }} figure {{ margin: 0; }}
-img {{ width: 100%; min-width: 34rem; height: auto; }}
+img {{ width: 100%; min-width: 34rem; height: auto; }} img.one {{ min-width: 0; max-width: 46rem; }}
 .scroll {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .88rem; }}
 th, td {{ padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #dde5ea; white-space: nowrap; }} thead th {{ vertical-align: bottom; }}
 th:first-child {{ text-align: left; }} tbody th {{ position: sticky; left: 0; background: #fff; font-weight: 600; }}
