@@ -93,7 +93,7 @@ PRESETS: dict[str, Preset] = {
     "PPO": Preset(
         agent="PPO",
         config=ROLLOUT | {"learning_rate": 2e-3},
-        tokens=70_000,
+        tokens=50_000,
     ),
     "A2C": Preset(agent="A2C", config={"learning_rate": 3e-3, "episodes_per_update": 64}, tokens=50_000, lanes=64),
     "REINFORCE": Preset(agent="REINFORCE", config={"learning_rate": 4e-3, "episodes_per_update": 128}, tokens=80_000),
@@ -120,7 +120,7 @@ PRESETS: dict[str, Preset] = {
     "NLPO": Preset(
         agent="NLPO",
         config=ROLLOUT | {"learning_rate": 2e-3},
-        tokens=70_000,
+        tokens=50_000,
         follows_j=False,
     ),
     "OnlineDPO": Preset(
