@@ -119,7 +119,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "NLPO": Preset(
         agent="NLPO",
-        config=ROLLOUT | {"learning_rate": 2e-3},
+        config=ROLLOUT | {"learning_rate": 2e-3, "mask_top_p": 0.99},
         tokens=50_000,
         follows_j=False,
     ),
@@ -130,10 +130,14 @@ PRESETS: dict[str, Preset] = {
     ),
     "ExpertIteration": Preset(
         agent="ExpertIteration",
-        config={"rank_by": "return", "learning_rate": 1e-3, "episodes_per_update": 128, "minibatch_episodes": 32},
+        config={"rank_by": "return", "learning_rate": 3e-3, "episodes_per_update": 128, "minibatch_episodes": 16},
         group_size=4,
     ),
-    "ILQL": Preset(agent="ILQL", config={"learning_rate": 1e-3}, lanes=128, follows_j=False),
+    "ILQL": Preset(
+        agent="ILQL",
+        config={"learning_rate": 2e-3, "expectile": 0.9, "cql_coef": 0.0, "gradient_steps": 8},
+        follows_j=False,
+    ),
     "BestOfN": Preset(agent="BestOfN", config={"n": 8}, trains=False, follows_j=False),
 }
 """Name -> what is run under it, on the exact tasks. Chosen on task seeds 0 to 9."""
