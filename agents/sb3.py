@@ -453,7 +453,11 @@ _POLICIES: weakref.WeakSet[LMPolicy] = weakref.WeakSet()
 
 
 def _tokens(obs: torch.Tensor) -> INTS:
-    return obs.cpu().numpy().astype(np.int64, copy=False)
+    if obs.is_floating_point():
+        raise ValueError(
+            f"LMPolicy reads token ids, got observations of {obs.dtype}: leave them as they are (VecNormalize with norm_obs=False)."
+        )
+    return obs.cpu().numpy()
 
 
 def _masked(logits: torch.Tensor, action_masks: Masks) -> torch.Tensor:

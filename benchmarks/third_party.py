@@ -22,26 +22,26 @@ import numpy as np
 from benchmarks.records import write_json, write_text
 
 TASK_SEED = 2000
-LANES = 128
+LANES = 64
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t at 97.5%, by the number of runs."""
 
 ROLLOUT: dict[str, Any] = {"gamma": 1.0, "n_steps": 16, "batch_size": 256}
 TREE: dict[str, tuple[int, dict[str, Any]]] = {
-    "sb3 PPO": (20_000, ROLLOUT | {"n_epochs": 4, "learning_rate": 2e-3}),
-    "sb3 A2C": (40_000, {"gamma": 1.0, "n_steps": 8, "learning_rate": 2e-3}),
-    "sb3-contrib MaskablePPO": (20_000, ROLLOUT | {"n_epochs": 4, "learning_rate": 2e-3}),
+    "sb3 PPO": (10_000, ROLLOUT | {"n_epochs": 4, "learning_rate": 2e-3}),
+    "sb3 A2C": (20_000, {"gamma": 1.0, "n_steps": 8, "learning_rate": 2e-3}),
+    "sb3-contrib MaskablePPO": (10_000, ROLLOUT | {"n_epochs": 4, "learning_rate": 2e-3}),
     "sb3-contrib TRPO": (
-        6_000,
-        {"gamma": 1.0, "n_steps": 8, "batch_size": 1024, "target_kl": 0.1, "cg_max_steps": 3},
+        2_000,
+        {"gamma": 1.0, "n_steps": 16, "batch_size": 1024, "target_kl": 0.1, "cg_max_steps": 3},
     ),
     "sb3 DQN": (
-        20_000,
-        {"gamma": 1.0, "learning_rate": 2e-3, "batch_size": 128, "buffer_size": 20_000, "learning_starts": 1_000,
+        10_000,
+        {"gamma": 1.0, "learning_rate": 2e-3, "batch_size": 128, "buffer_size": 10_000, "learning_starts": 1_000,
          "train_freq": 1, "target_update_interval": 500, "exploration_fraction": 0.5},
     ),
-    "our PPO": (20_000, {"learning_rate": 2e-3, "minibatch_episodes": 64}),
-    "our A2C": (40_000, {"learning_rate": 4e-3, "episodes_per_update": LANES}),
+    "our PPO": (10_000, {"learning_rate": 2e-3, "minibatch_episodes": 64}),
+    "our A2C": (20_000, {"learning_rate": 4e-3, "episodes_per_update": 128}),
 }  # fmt: skip
 """Agent -> tokens, settings."""
 

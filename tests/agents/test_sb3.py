@@ -16,6 +16,7 @@ from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecNormalize
 
 import textenv  # noqa: F401  # registers the ids
 from agents.sb3 import LMPolicy, TextSpace, TokenEmbedding, as_policy, as_vec_env
@@ -389,6 +390,15 @@ def test_spaces_that_do_not_fit_are_refused(space: str, actions: int, message: s
     given = own if space == "text" else gym.spaces.Box(0, 3, own.shape, np.int64)
     with pytest.raises(ValueError, match=message):
         LMPolicy(given, gym.spaces.Discrete(actions), lambda _: 1e-3)
+
+
+def test_normalised_token_ids_are_refused_and_normalised_rewards_are_not() -> None:
+    learner(PPO, VecNormalize(as_vec_env(tree()), norm_obs=False)).learn(32)
+    model = learner(PPO, VecNormalize(as_vec_env(tree())))
+    with pytest.raises(
+        ValueError, match=r"LMPolicy reads token ids, got observations of torch\.float32: leave them as they are"
+    ):
+        model.learn(32)
 
 
 def test_a_part_of_the_kl_that_nobody_would_pay_is_refused() -> None:
