@@ -176,8 +176,8 @@ def ranks(results: Results, order: Sequence[str]) -> Figures:
         tokens = [t for row in mine if (t := row["accounts"].get("timesteps")) is not None]
         minutes = sum(row["time"]["cpu_seconds"] for row in results.rows if row["agent"] == agent) / 60
         lines.append([*cells, str(len(seeds)), f"{np.mean(tokens):,.0f}" if tokens else "-", f"{minutes:.1f}"])
-    note = f"{results.headline}: IQM is the mean without the lowest and highest quarter of all runs; median that over tasks of the mean; "
-    note += f"gap what is missing to 1, in {bounded}. " if bounded else ""
+    note = f"{results.headline}: IQM is the mean without the lowest and highest quarter of all runs; median that over tasks of the mean"
+    note += f"; gap what is missing to 1, in {bounded}. " if bounded else ". "
     note += coverage_note(fewest, len(results.tasks))
     return Figures(f"Leaderboard: {results.headline}", header, lines, note)
 
