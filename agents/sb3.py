@@ -218,7 +218,7 @@ class TextVecEnv(VecEnv):
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
         """Whether a wrapper of this class is there. `Monitor` counts as there: its `episode` is in the infos."""
-        found = issubclass(Monitor, wrapper_class) or any(isinstance(layer, wrapper_class) for layer in self._layers())
+        found = wrapper_class is Monitor or any(isinstance(layer, wrapper_class) for layer in self._layers())
         return [found for _ in self._get_indices(indices)]
 
     def _layers(self) -> Iterator[gym.vector.VectorEnv[Any, Any, Any]]:

@@ -53,16 +53,12 @@ def plain_reference(tree: Any, tokens: tuple[int, ...]) -> np.ndarray:
     return logits.double().softmax(-1).numpy()
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [{}, {"action_mask": np.array([True, False, False, True])}, {"kl": "reference"}],
-    ids=["plain", "mask", "kl"],
-)
+@pytest.mark.parametrize("kwargs", [{}, {"action_mask": np.array([True, False, False, True])}], ids=["plain", "mask"])
 def test_the_contract_holds_in_both_environments(kwargs: dict[str, Any]) -> None:
     def make() -> gym.Env:
         return TopKActions(gym.make(TREE, **SIZE, **kwargs), 3)
 
-    check_text_env(make, lambda **kw: TopKActions(gym.make_vec(TREE, **SIZE, **kwargs, **kw), 3), steps=40)
+    check_text_env(make, lambda **kw: TopKActions(gym.make_vec(TREE, **SIZE, **kwargs, **kw), 3), steps=25)
     if "action_mask" in kwargs:
         return  # these checkers sample masked actions
     with warnings.catch_warnings():
