@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from textenv.lm import LanguageModel, response_index, response_positions, trunk_states
+from textenv.lm import LanguageModel, in_chunks, response_index, response_states, trunk_states
 from textenv.prompts import did_you_mean
-from textenv.sampling import draw, log_prob
+from textenv.sampling import draw_scored, entropy, log_prob
 
 
 class Responses(Protocol):
@@ -78,8 +78,12 @@ class Policy:
             Token ids and their log-probabilities in nats. Shapes: (N,), (N,).
         """
         logits = self.next_logits(observations)
-        tokens = logits.argmax(dim=-1) if deterministic else draw(logits, rng.random(len(observations)))
-        actions, chosen = tokens.cpu().numpy(), log_prob(logits, tokens).double().cpu().numpy()
+        if deterministic:
+            tokens = logits.argmax(dim=-1)
+            scores = log_prob(logits, tokens)
+        else:
+            tokens, scores = draw_scored(logits, rng.random(len(observations)))
+        actions, chosen = tokens.cpu().numpy(), scores.double().cpu().numpy()
         self.remember(observations, actions, chosen)
         return actions, chosen
 
@@ -113,8 +117,8 @@ class Policy:
 
     @torch.no_grad()
     def next_logits(self, observations: NDArray[np.int64]) -> torch.Tensor:
-        """Logits of the distribution that is sampled, `-inf` where a token cannot be drawn. Shape: (N, L) -> (N, V)."""
-        return self.lm.behaviour.logits(self.lm.next_logits(observations), observations)
+        """Logits of the distribution that is sampled, `-inf` where a token cannot be drawn. To be read only. Shape: (N, L) -> (N, V)."""
+        return self.lm.behaviour.logits(self.lm.shared_logits(observations), observations)
 
     def response_logits(
         self,
@@ -142,11 +146,13 @@ class Policy:
         """
         part = episodes.tokens[rows], episodes.prompt_length[rows], episodes.response_length[rows]
         hidden = self.lm.response_hidden(*part)
-        logits, drawn = self.response_logits(hidden, *part)
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            log_p = logits.log_softmax(dim=-1)
-            entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(dim=-1)
-        return unpack(log_prob(logits, drawn), part[2]), unpack(entropy, part[2]), hidden
+        log_probs, entropies = [], []
+        for chunk, states in in_chunks(hidden, part[2], self.lm.vocab_size):
+            logits, drawn = self.response_logits(states, *(column[chunk] for column in part))
+            log_probs.append(log_prob(logits, drawn))
+            with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+                entropies.append(entropy(logits))
+        return unpack(torch.cat(log_probs), part[2]), unpack(torch.cat(entropies), part[2]), hidden
 
 
 class Critic(nn.Module):
@@ -185,8 +191,7 @@ class Critic(nn.Module):
         """
         m, n = episodes.prompt_length[rows], episodes.response_length[rows]
         if self.trunk is not None:
-            states = trunk_states(self.trunk, episodes.tokens[rows], m + n)
-            hidden = states[response_positions(m, n, states.device)]
+            hidden = response_states(self.trunk, episodes.tokens[rows], m, n)
         return unpack(self.head(hidden.float()).squeeze(-1), n)
 
     @torch.no_grad()
@@ -201,9 +206,8 @@ class Critic(nn.Module):
         """V of the states after the last token, for episodes that a wrapper has cut. Shape: (B,)."""
         lengths = episodes.prompt_length[rows] + episodes.response_length[rows]
         trunk = self.trunk if self.trunk is not None else policy.model.base_model
-        states = trunk_states(trunk, episodes.tokens[rows], lengths)
-        last = torch.from_numpy(lengths - 1).to(states.device)
-        return self.head(states[torch.arange(len(rows)), last].float()).squeeze(-1)
+        states = trunk_states(trunk, episodes.tokens[rows], lengths, np.arange(len(rows)), lengths - 1)
+        return self.head(states.float()).squeeze(-1)
 
 
 def unpack(flat: torch.Tensor, lengths: NDArray[np.int64]) -> torch.Tensor:

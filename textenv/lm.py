@@ -8,6 +8,7 @@ what its cache holds (N x L integers) and computes only what is new. No session,
     anything else            the whole observation, from its first token
 
 The last rule keeps numbers independent of what a lane did before: a new prompt never reuses the keys of an old one.
+Passes go through `textenv.decoder` where it knows the architecture, and through `transformers` where not.
 """
 
 from __future__ import annotations
@@ -25,10 +26,17 @@ from numpy.typing import NDArray
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from textenv.decoder import Decoder, Slots
 from textenv.sampling import Behaviour, log_prob
 
 _PROBED: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary()
 """Whether the cache serves a model at a length: found out once."""
+
+PACK_HEAD_FROM = 1_000_000
+"""Weights of a head that is worth packing: below, a plain product is as fast."""
+
+LOGITS_PER_CHUNK = 1 << 23
+"""Logits that are computed at a time where they are used up at once."""
 
 TOKENS_PER_PASS = 16_384
 """Tokens that one teacher-forced pass may hold, padding included: bounds the memory of scoring many episodes."""
@@ -69,6 +77,7 @@ class LanguageModel:
                 "positions. Use shorter prompts or a smaller max_new_tokens."
             )
         self._slots: OrderedDict[tuple[int, int], _Slots] = OrderedDict()
+        self._packed_head: torch.Tensor | None = None
         self._weights = _WeightWatch(model)
         self._calls = 0
         self.cached = self._probed(max_tokens) if cached is None else cached
@@ -86,6 +95,7 @@ class LanguageModel:
     def invalidate(self) -> None:
         """Forget everything cached. Called at each update; call it after writing weights in an unusual way."""
         self._slots.clear()
+        self._packed_head = None
 
     def refresh(self) -> bool:
         """Forget everything cached if the weights have changed since the last call; whether they had."""
@@ -99,6 +109,11 @@ class LanguageModel:
     @torch.no_grad()
     def next_logits(self, observations: NDArray[np.int64]) -> torch.Tensor:
         """The model's raw logits for the token that comes next. Shape: (N, L) -> (N, V), float32."""
+        return self.shared_logits(observations).clone()
+
+    @torch.no_grad()
+    def shared_logits(self, observations: NDArray[np.int64]) -> torch.Tensor:
+        """As `next_logits`, without a copy: the cache's own numbers, to be read before the next call and never written."""
         observations = np.asarray(observations)
         if not self._cache_serves(observations.shape[1]):
             return self._encode(observations)
@@ -108,7 +123,7 @@ class LanguageModel:
         assert slots.logits is not None
         if self.check:
             self._check_one_lane(observations, slots.logits)
-        return slots.logits.clone()
+        return slots.logits
 
     @torch.no_grad()
     def next_hidden(self, observations: NDArray[np.int64]) -> torch.Tensor:
@@ -116,7 +131,7 @@ class LanguageModel:
         observations = np.asarray(observations)
         if not self._cache_serves(observations.shape[1]):
             return self.last_hidden(observations)
-        self.next_logits(observations)
+        self.shared_logits(observations)
         states = self._slots_for(*observations.shape).states
         assert states is not None
         return states.clone()
@@ -124,13 +139,13 @@ class LanguageModel:
     @torch.no_grad()
     def log_probs_all(self, observations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Log-probabilities of every next token under `behaviour`. Shape: (N, L) -> (N, V), nats."""
-        logits = self.behaviour.logits(self.next_logits(observations), observations)
+        logits = self.behaviour.logits(self.shared_logits(observations), observations)
         return logits.double().log_softmax(dim=-1).cpu().numpy()
 
     @torch.no_grad()
     def log_probs(self, observations: NDArray[np.int64], actions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Log-probabilities of `actions` under `behaviour`. Shapes: (N, L), (N,) -> (N,), nats."""
-        logits = self.behaviour.logits(self.next_logits(observations), observations)
+        logits = self.behaviour.logits(self.shared_logits(observations), observations)
         chosen = torch.as_tensor(actions, device=logits.device)
         return log_prob(logits, chosen).double().cpu().numpy()
 
@@ -146,11 +161,8 @@ class LanguageModel:
         """
         lengths = (observations != self.vocab_size).sum(axis=1)
         batches = list(length_buckets(lengths, TOKENS_PER_PASS))
-        states = []
-        for batch in batches:
-            last = torch.from_numpy(lengths[batch] - 1).to(self.device)
-            passed = trunk_states(self.model.base_model, observations[batch], lengths[batch])
-            states.append(passed[torch.arange(len(batch)), last])
+        trunk = self.model.base_model
+        states = [trunk_states(trunk, observations[i], lengths[i], np.arange(len(i)), lengths[i] - 1) for i in batches]
         back = torch.from_numpy(np.argsort(np.concatenate(batches))).to(self.device)
         return torch.cat(states)[back]
 
@@ -171,8 +183,7 @@ class LanguageModel:
         Returns:
             Shape: (M, d) with M = response_length.sum().
         """
-        states = trunk_states(self.model.base_model, tokens, prompt_length + response_length)
-        return states[response_positions(prompt_length, response_length, self.device)]
+        return response_states(self.model.base_model, tokens, prompt_length, response_length)
 
     def response_logits(
         self,
@@ -199,12 +210,17 @@ class LanguageModel:
         Returns:
             Zero after a response's end. Shape: (B, T) with T = max(response_length), nats.
         """
+        self.refresh()
         out = np.zeros((len(tokens), int(response_length.max(initial=0))))
         for batch in length_buckets(prompt_length + response_length, TOKENS_PER_PASS):
             part = tokens[batch], prompt_length[batch], response_length[batch]
-            logits, drawn = self.response_logits(self.response_hidden(*part), *part)
-            rows, columns = response_index(np.zeros_like(part[1]), part[2])
-            out[batch[rows], columns + 1] = log_prob(logits, drawn).double().cpu().numpy()
+            self._pack_head(int(part[2].sum()))
+            hidden = self.response_hidden(*part)
+            for rows, states in in_chunks(hidden, part[2], self.vocab_size):
+                chunk = part[0][rows], part[1][rows], part[2][rows]
+                logits, drawn = self.response_logits(states, *chunk)
+                row, step = response_index(np.ones_like(chunk[2]), chunk[2])
+                out[batch[rows][row], step] = log_prob(logits, drawn).double().cpu().numpy()
         return out
 
     # ------------------------------------------------------------------ the network
@@ -212,7 +228,12 @@ class LanguageModel:
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Raw logits from last hidden states, float32. A subclass may add to them. Shape: (M, d) -> (M, V)."""
         config = self.model.config.get_text_config()
-        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        embeddings = self.model.get_output_embeddings()
+        logits: torch.Tensor
+        if self._packed_head is None or torch.is_grad_enabled():
+            logits = embeddings(hidden)
+        else:
+            logits = torch.ops.mkldnn._linear_pointwise(hidden, self._packed_head, embeddings.bias, "none", [], "")
         if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * scale
         if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
@@ -220,6 +241,19 @@ class LanguageModel:
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
             logits = torch.tanh(logits / cap) * cap
         return logits.float()
+
+    def _pack_head(self, rows: int) -> None:
+        """Lay the head's weight out for this processor, once per set of weights: twice as fast at large vocabularies."""
+        head = self.model.get_output_embeddings()
+        if (
+            self._packed_head is None
+            and type(head) is torch.nn.Linear
+            and head.weight.numel() >= PACK_HEAD_FROM
+            and head.weight.device.type == "cpu"
+            and head.weight.dtype == torch.float32
+            and torch.backends.mkldnn.is_available()
+        ):
+            self._packed_head = torch.ops.mkldnn._reorder_linear_weight(head.weight.detach(), rows)
 
     def _encode(self, observations: NDArray[np.int64]) -> torch.Tensor:
         """Next-token logits with no cache: a full pass over each observation. Shape: (N, L) -> (N, V)."""
@@ -244,14 +278,17 @@ class LanguageModel:
         if key not in self._slots:
             while len(self._slots) > 1:
                 self._slots.popitem(last=False)
-            self._slots[key] = _Slots(lanes, width, self.model.config.get_text_config().num_hidden_layers)
+            self._slots[key] = _Slots(self.model, lanes, width)
+            self._pack_head(lanes)
         self._slots.move_to_end(key)
         return self._slots[key]
 
     def _check_one_lane(self, observations: NDArray[np.int64], logits: torch.Tensor) -> None:
         lane = self._calls % len(observations)
         self._calls += 1
+        packed, self._packed_head = self._packed_head, None  # a plain pass, whatever is cached
         error = (self._encode(observations[lane : lane + 1])[0] - logits[lane]).abs().max().item()
+        self._packed_head = packed
         if error > self._tolerance(logits):
             raise RuntimeError(
                 f"The key/value cache of lane {lane} disagrees with a plain forward pass by {error:.2g} in the logits. Were weights "
@@ -326,17 +363,17 @@ class _CacheMismatchError(Exception):
 class _Slots:
     """The key/value cache of N lanes: one preallocated row each, written at that lane's own position.
 
-    No lane waits for another and nothing is padded on the left: a 4-D additive mask and per-lane position ids carry
-    the raggedness. The mask is float because a boolean one is silently wrong under eager attention.
+    No lane waits for another and nothing is padded on the left.
     """
 
-    def __init__(self, lanes: int, width: int, layers: int) -> None:
+    def __init__(self, model: PreTrainedModel, lanes: int, width: int) -> None:
         self.tokens = np.full((lanes, width), -1, np.int64)
         self.length = np.zeros(lanes, np.int64)  # tokens whose keys and values are written
         self.row = np.arange(lanes)  # lane -> its row of the key/value tensors
         self.logits: torch.Tensor | None = None  # (N, V), after each lane's last token
         self.states: torch.Tensor | None = None  # (N, d), what the logits are read from
-        self.layers = [_SlotLayer(lanes, width) for _ in range(layers)]
+        decoder = Decoder.of(model.base_model, fused=True)
+        self.keys = _PlainSlots(model, lanes, width) if decoder is None else Slots(decoder, lanes, width)
 
     def follow(self, lm: LanguageModel, observations: NDArray[np.int64]) -> None:
         """Bring `logits` up to date with `observations`. Shape: (N, L)."""
@@ -348,47 +385,74 @@ class _Slots:
             return
         start = np.where(prefix & (self.length < lengths), self.length, 0)
         self.length[stale] = 0  # if the pass below fails, these lanes start over
-        early = np.flatnonzero(stale & (lengths - start > 1))
-        if len(early):  # all but the last new token: these need no logits, so they never see the head
-            self._forward(lm, early, observations, start[early], lengths[early] - 1)
-        lanes = np.flatnonzero(stale)
-        self._pack(lanes)
-        states = self._forward(lm, lanes, observations, lengths[lanes] - 1, lengths[lanes])
-        states = states[:, -1]
-        logits = lm.head(states)
-        if self.logits is None or self.states is None:
-            self.logits = logits.new_zeros(len(self.length), logits.shape[-1])
-            self.states = states.new_zeros(len(self.length), states.shape[-1])
-        rows = torch.from_numpy(lanes).to(logits.device)
-        self.logits[rows], self.states[rows] = logits, states
+        lanes = self._pack(np.flatnonzero(stale))
+        states = self.keys.step(observations[lanes], start[lanes], lengths[lanes])
+        if len(lanes) == len(self.row):
+            self.states = states[torch.from_numpy(self.row).to(states.device)]
+            self.logits = lm.head(self.states)
+        else:
+            logits = lm.head(states)
+            if self.logits is None or self.states is None:
+                self.logits = logits.new_zeros(len(self.row), logits.shape[-1])
+                self.states = states.new_zeros(len(self.row), states.shape[-1])
+            at = torch.from_numpy(lanes).to(logits.device)
+            self.logits[at], self.states[at] = logits, states
         self.tokens[lanes], self.length[lanes] = observations[lanes], lengths[lanes]
 
+    def _pack(self, lanes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Move the rows of `lanes` to the front, and put the lanes into row order. As lanes fall idle the batch shrinks."""
+        n = len(lanes)
+        misplaced = lanes[self.row[lanes] >= n]
+        if len(misplaced):
+            lane_of = np.argsort(self.row)
+            free = lane_of[:n][~np.isin(lane_of[:n], lanes)]
+            a, b = self.row[misplaced], self.row[free]
+            self.keys.swap(a.tolist(), b.tolist())
+            self.row[misplaced], self.row[free] = b, a
+        return lanes[np.argsort(self.row[lanes])]
+
+
+class _PlainSlots:
+    """Keys and values for `transformers`: a 4-D additive mask and position ids of each lane carry the raggedness.
+
+    The mask is float because a boolean one is silently wrong under eager attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, lanes: int, width: int) -> None:
+        self.model = model
+        self.layers = [_SlotLayer(lanes, width) for _ in range(model.config.get_text_config().num_hidden_layers)]
+
+    def step(self, tokens: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]) -> torch.Tensor:
+        """As `Slots.step`, in two passes: all but the last tokens of lanes with several, then the last ones."""
+        rows = np.arange(len(tokens))
+        early = np.flatnonzero(stop - start > 1)
+        if len(early):
+            self._forward(tokens[early], early, start[early], stop[early] - 1)
+        return self._forward(tokens, rows, stop - 1, stop)[:, -1]
+
+    def swap(self, a: list[int], b: list[int]) -> None:
+        """Exchange rows pairwise."""
+        for layer in self.layers:
+            layer.swap(a, b)
+
     def _forward(
-        self,
-        lm: LanguageModel,
-        lanes: NDArray[np.int64],
-        observations: NDArray[np.int64],
-        start: NDArray[np.int64],
-        stop: NDArray[np.int64],
+        self, tokens: NDArray[np.int64], rows: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]
     ) -> torch.Tensor:
-        """Write tokens [start, stop) of `lanes`. Lanes with fewer write rubbish after `stop`, masked until overwritten."""
-        width = observations.shape[1]
-        positions = np.minimum(start[:, None] + np.arange((stop - start).max()), width - 1)
-        ids = observations[lanes[:, None], positions]
-        ids = np.where(ids == lm.vocab_size, 0, ids)
+        """Write tokens [start, stop). Lanes with fewer write rubbish after `stop`, masked until overwritten."""
+        positions = np.minimum(start[:, None] + np.arange((stop - start).max()), tokens.shape[1] - 1)
+        ids = np.take_along_axis(tokens, positions, axis=1)
+        ids = np.where(positions < stop[:, None], ids, 0)
         horizon = int(positions.max()) + 1
-        device = lm.device
+        device, dtype = self.model.device, self.model.dtype
         place = torch.from_numpy(positions).to(device)
         hidden_keys = torch.arange(horizon, device=device) > place[:, None, :, None]
-        dtype = lm.model.dtype
         mask = torch.zeros(hidden_keys.shape, dtype=dtype, device=device).masked_fill_(
             hidden_keys, torch.finfo(dtype).min
         )
-        rows = self.row[lanes]
         in_order = bool((rows == np.arange(len(rows))).all())
         for layer in self.layers:
             layer.aim(torch.from_numpy(rows).to(device), place, horizon, in_order)
-        states = lm.model.base_model(
+        states = self.model.base_model(
             input_ids=torch.from_numpy(ids).to(device),
             attention_mask=mask,
             position_ids=place,
@@ -397,24 +461,6 @@ class _Slots:
         ).last_hidden_state
         assert isinstance(states, torch.Tensor)
         return states
-
-    def _pack(self, lanes: NDArray[np.int64]) -> None:
-        """Move the rows of `lanes` to the front, so that they are read as a view. As lanes fall idle the batch shrinks."""
-        n = len(lanes)
-        misplaced = lanes[self.row[lanes] >= n]
-        if len(misplaced) == 0 and (self.row[lanes] == np.arange(n)).all():
-            return
-        order = np.argsort(self.row)  # row -> lane
-        active = np.zeros(len(self.row), bool)
-        active[lanes] = True
-        free = [lane for lane in order[:n] if not active[lane]]
-        for lane, other in zip(misplaced, free, strict=True):
-            a, b = int(self.row[lane]), int(self.row[other])
-            for layer in self.layers:
-                layer.swap(a, b)
-            self.row[lane], self.row[other] = b, a
-        # Rows 0..n-1 now belong to `lanes`, in some order: the caller's lanes are put into row order.
-        lanes[:] = lanes[np.argsort(self.row[lanes])]
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -449,10 +495,10 @@ class _SlotLayer(CacheLayerMixin):
         written = store[:, :, : self.horizon]
         return written[: len(self.rows)] if self.in_order else written[self.rows]
 
-    def swap(self, a: int, b: int) -> None:
-        """Exchange two lanes' rows."""
+    def swap(self, a: list[int], b: list[int]) -> None:
+        """Exchange rows pairwise."""
         for store in (self.keys, self.values):
-            store[[a, b]] = store[[b, a]]
+            store[a + b] = store[b + a]
 
     def get_seq_length(self) -> int:
         return 0  # positions are passed explicitly; nothing may be derived from a common length
@@ -475,51 +521,68 @@ class _WeightWatch:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self._seen: tuple[object, ...] | None = None
-        self._pointers: tuple[int, ...] = ()
-        self._views: list[tuple[NDArray[Any], list[int]]] = []
+        self._seen: list[object] = []
+        self._watched: list[tuple[dict[str, Any], str, torch.nn.Parameter, int, NDArray[Any] | None]] = []
 
     def changed(self) -> bool:
         """Whether anything differs from the last call."""
-        parameters = list(self.model.parameters())
-        pointers = tuple(p.data_ptr() for p in parameters)
-        if pointers != self._pointers:
-            self._pointers, self._views = pointers, list(self._sample_views(parameters))
-        seen = (
-            pointers,
-            *(p._version for p in parameters),
-            *(view[i].tobytes() for view, at in self._views for i in at),
-        )
-        changed = seen != self._seen
-        self._seen = seen
+        seen: list[object] = []
+        for owner, name, p, pointer, samples in self._watched:
+            if owner.get(name) is not p or p.data_ptr() != pointer:
+                self._watched = []
+                break
+            seen.append(p._version)
+            if samples is not None:
+                seen.append(samples.tobytes())
+        if not self._watched:
+            self._watched = list(self._parameters())
+            self._seen = []
+            self.changed()
+            return True
+        changed, self._seen = seen != self._seen, seen
         return changed
 
-    def _sample_views(self, parameters: list[torch.nn.Parameter]) -> Iterator[tuple[NDArray[Any], list[int]]]:
-        for p in parameters:
-            if p.device.type == "cpu" and p.is_contiguous():
-                raw = (
-                    p.detach()
-                    .view(-1)
-                    .view(torch.uint8 if p.element_size() == 1 else getattr(torch, f"int{8 * p.element_size()}"))
-                )
-                yield (
-                    raw.numpy(),
-                    sorted(set(np.linspace(0, p.numel() - 1, self.SAMPLES).astype(int).tolist())),
-                )
+    def _parameters(self) -> Iterator[tuple[dict[str, Any], str, torch.nn.Parameter, int, NDArray[Any] | None]]:
+        for module in self.model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    yield module._parameters, name, p, p.data_ptr(), self._samples(p)
+
+    def _samples(self, p: torch.nn.Parameter) -> NDArray[Any] | None:
+        """A view of a few evenly spaced values, the first among them."""
+        if p.device.type != "cpu" or not p.is_contiguous() or not p.numel():
+            return None
+        words = (
+            p.detach()
+            .view(-1)
+            .view(torch.uint8 if p.element_size() == 1 else getattr(torch, f"int{8 * p.element_size()}"))
+        )
+        return words.numpy()[:: max(1, (p.numel() - 1) // (self.SAMPLES - 1))]
 
 
-def trunk_states(trunk: torch.nn.Module, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> torch.Tensor:
-    """Last hidden states of right-padded rows, without a cache. Differentiable.
+def trunk_states(
+    trunk: torch.nn.Module,
+    tokens: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+) -> torch.Tensor:
+    """Last hidden states at some tokens of right-padded rows, in one pass without a cache. Differentiable.
 
     Args:
         trunk: A `transformers` model without its head.
         tokens: What stands after a row's length does not matter. Shape: (B, L).
         lengths: Shape: (B,).
+        rows: Of the wanted states. Shape: (M,).
+        columns: Of the wanted states. Shape: (M,).
 
     Returns:
-        Shape: (B, max(lengths), d).
+        Shape: (M, d).
     """
     device = next(trunk.parameters()).device
+    if (decoder := Decoder.of(trunk)) is not None:
+        at = (np.cumsum(lengths) - lengths)[rows] + columns
+        return decoder.packed(tokens, lengths).index_select(0, torch.from_numpy(at).to(device))
     width = int(lengths.max())
     padded = np.arange(width) >= lengths[:, None]
     ids = torch.from_numpy(np.where(padded, 0, tokens[:, :width])).to(device)
@@ -528,7 +591,47 @@ def trunk_states(trunk: torch.nn.Module, tokens: NDArray[np.int64], lengths: NDA
     mask = torch.from_numpy(~padded).to(device, torch.long) if padded.any() else None
     states = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     assert isinstance(states, torch.Tensor)
-    return states
+    return states[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)]
+
+
+def response_states(
+    trunk: torch.nn.Module,
+    tokens: NDArray[np.int64],
+    prompt_length: NDArray[np.int64],
+    response_length: NDArray[np.int64],
+) -> torch.Tensor:
+    """Last hidden states at which response tokens are predicted, episodes back to back. Differentiable.
+
+    Args:
+        trunk: A `transformers` model without its head.
+        tokens: Prompt, response, then padding (any value). Shape: (B, L).
+        prompt_length: Shape: (B,).
+        response_length: Shape: (B,).
+
+    Returns:
+        Shape: (M, d) with M = response_length.sum().
+    """
+    read = prompt_length + response_length - 1  # nothing is predicted from a response's last token
+    return trunk_states(trunk, tokens, read, *response_index(prompt_length, response_length))
+
+
+def in_chunks(
+    hidden: torch.Tensor, response_length: NDArray[np.int64], vocab_size: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Episodes in runs whose logits are small enough for a processor's cache, with their hidden states.
+
+    Args:
+        hidden: Episodes back to back. Shape: (M, d).
+        response_length: Shape: (B,).
+        vocab_size: V.
+    """
+    end = np.cumsum(response_length)
+    begin = 0
+    while begin < len(end):
+        first = int(end[begin] - response_length[begin])
+        stop = max(begin + 1, int(np.searchsorted(end, first + LOGITS_PER_CHUNK // vocab_size, side="right")))
+        yield slice(begin, stop), hidden[first : int(end[stop - 1])]
+        begin = stop
 
 
 def vocab_size(model: PreTrainedModel) -> int:
@@ -549,14 +652,6 @@ def response_index(
     rows = np.repeat(np.arange(len(response_length)), response_length)
     offset = np.arange(len(rows)) - np.repeat(np.cumsum(response_length) - response_length, response_length)
     return rows, prompt_length[rows] - 1 + offset
-
-
-def response_positions(
-    prompt_length: NDArray[np.int64], response_length: NDArray[np.int64], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`response_index` as tensors, to index (B, L, ...) states with."""
-    rows, columns = response_index(prompt_length, response_length)
-    return torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
 
 
 def length_buckets(lengths: NDArray[np.int64], tokens: int) -> Iterator[NDArray[np.int64]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -89,27 +89,110 @@ class Behaviour:
 
 
 def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """The log-probability of `actions` under `logits`, without a second (M, V) array. Shapes: (M, V), (M,) -> (M,). Unit: nats."""
-    return logits.gather(-1, actions[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
+    """The log-probability of `actions` under `logits`. Differentiable. Shapes: (M, V), (M,) -> (M,). Unit: nats."""
+    value: torch.Tensor = _LogProb.apply(logits, actions)
+    return value
+
+
+class _LogProb(torch.autograd.Function):
+    """One array of (M, V) at a time, forward and backward, beside the logits themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, actions)
+        return logits.gather(-1, actions[..., None]).squeeze(-1) - log_sum_exp(logits, logits.softmax(dim=-1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, actions = ctx.saved_tensors
+        out = logits.softmax(dim=-1).mul_(-gradient[..., None])
+        return out.scatter_add_(-1, actions[..., None], gradient[..., None]), None
+
+
+def log_sum_exp(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """`logsumexp`, from the softmax that is at hand: half its cost on a CPU. Shapes: (M, V), (M, V) -> (M,)."""
+    return logits.amax(dim=-1) - probabilities.amax(dim=-1).log()
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Of the distribution. Differentiable. Shape: (M, V) -> (M,). Unit: nats."""
+    if torch.is_grad_enabled() and logits.requires_grad:
+        log_p = logits.log_softmax(dim=-1)
+        return -(log_p.exp() * log_p.clamp(min=-1e9)).sum(dim=-1)
+    p = logits.softmax(dim=-1)
+    normaliser = log_sum_exp(logits, p)
+    return normaliser - p.mul_(logits.clamp(min=-1e9)).sum(dim=-1)
+
+
+DRAW_BLOCK = 256
+"""Tokens whose probabilities are summed first, so that only one block of a large vocabulary is searched."""
+DRAW_AT_ONCE = 1 << 19
+"""Probabilities that fit a processor's cache: rows are drawn in groups of so many."""
 
 
 def draw(logits: torch.Tensor, uniforms: NDArray[np.float64]) -> torch.Tensor:
-    """Draw one token per row by the inverse of the cumulative distribution.
+    """Draw one token per row. See `draw_scored`. Shapes: (N, V), (N,) -> (N,)."""
+    return draw_scored(logits, uniforms)[0]
+
+
+def draw_scored(logits: torch.Tensor, uniforms: NDArray[np.float64]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row by the inverse of the cumulative distribution, and give its log-probability.
 
     `torch.multinomial` draws V exponentials per row, half of a decoding step at V = 32,000 on a CPU; this draws one
-    uniform. `right=True` because with `right=False` a uniform of exactly 0 picks a first token of probability 0; the
-    clamp because rounding can leave a uniform of 1 - eps at or above the last cumulative sum.
+    uniform. The row's softmax serves drawing and scoring.
 
     Args:
         logits: `-inf` where forbidden. Shape: (N, V).
         uniforms: In [0, 1). Shape: (N,).
 
     Returns:
-        Token ids. Shape: (N,).
+        Token ids and log-probabilities in nats. Shapes: (N,), (N,).
     """
-    cdf = logits.softmax(dim=-1).cumsum(dim=-1)
-    threshold = torch.as_tensor(uniforms, dtype=cdf.dtype, device=cdf.device)[:, None] * cdf[:, -1:]
-    index = torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
-    # The last index at which the cdf still rises is the last token of positive probability.
-    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous(), right=False).squeeze(-1)
-    return torch.minimum(index, last)
+    at_once = max(1, DRAW_AT_ONCE // logits.shape[-1])
+    u = torch.from_numpy(np.asarray(uniforms, np.float64)).to(logits.device)
+    if len(logits) > at_once and logits.device.type == "cpu":
+        parts = [_draw_rows(rows, v) for rows, v in zip(logits.split(at_once), u.split(at_once), strict=True)]
+        tokens, scores = (torch.cat(column) for column in zip(*parts, strict=True))
+        return tokens, scores
+    return _draw_rows(logits, u)
+
+
+def _draw_rows(logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    p = logits.softmax(dim=-1)
+    normaliser = log_sum_exp(logits, p)
+    size = p.shape[-1]
+    if size <= 2 * DRAW_BLOCK:
+        tokens, _ = _invert(p, u[:, None])
+    else:
+        whole = size // DRAW_BLOCK * DRAW_BLOCK
+        sums = p[:, :whole].unflatten(1, (-1, DRAW_BLOCK)).sum(dim=-1)
+        if whole < size:
+            sums = torch.cat([sums, p[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
+        block, rest = _invert(sums, u[:, None])
+        place = block * DRAW_BLOCK + torch.arange(DRAW_BLOCK, device=p.device)
+        inside = p.gather(1, place.clamp(max=size - 1)).masked_fill_(place >= size, 0.0)
+        within, _ = _invert(inside, rest, total=1.0)
+        tokens = block * DRAW_BLOCK + within
+    return tokens.squeeze(1), logits.gather(1, tokens).squeeze(1) - normaliser
+
+
+def _invert(weights: torch.Tensor, u: torch.Tensor, total: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the cumulative sum of `weights` passes `u` times the total, and by how much `u` lies above what comes before.
+
+    `right=True` because with `right=False` a uniform of exactly 0 picks a first token of probability 0; the minimum because
+    rounding can leave a uniform of 1 - eps at or above the last sum: the last place where the sum still rises is taken.
+
+    Args:
+        weights: At least 0. Shape: (N, n).
+        u: Shape: (N, 1).
+        total: None is the sum of each row's weights.
+
+    Returns:
+        Index and remainder. Shapes: (N, 1), (N, 1).
+    """
+    cdf = weights.double().cumsum(dim=-1)
+    target = u * (cdf[:, -1:] if total is None else total)
+    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous(), right=False)
+    index = torch.minimum(torch.searchsorted(cdf, target, right=True), last)
+    before = cdf.gather(1, (index - 1).clamp(min=0)).masked_fill_(index == 0, 0.0)
+    return index, (target - before).clamp(min=0.0)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from textenv import Behaviour, LanguageModel
+from textenv.decoder import Decoder
 
 from ..tiny import ARCHITECTURES, VOCAB, tiny_model
 from .reference_env import plain_log_prob
@@ -199,22 +200,32 @@ def test_a_window_as_long_as_the_observation_uses_the_cache() -> None:
 # ---------------------------------------------------------------------- what the cache may not do
 
 
-def test_decoding_computes_one_token_per_moving_lane_and_none_for_idle_ones(model: Any) -> None:
-    lm, seen = LanguageModel(model, WIDTH), []
-    rows = [[3, 4, 5], [6], [7, 8]]
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "opt"])
+def test_decoding_computes_one_token_per_moving_lane_and_none_for_idle_ones(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    model = tiny_model(architecture)
+    written_out = Decoder.__call__
+
+    def watched(self: Decoder, ids: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(ids.numel())
+        return written_out(self, ids, *args)
+
+    lm, rows = LanguageModel(model, WIDTH), [[3, 4, 5], [6], [7, 8]]
+    if architecture == "opt":  # through transformers
+        model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+    monkeypatch.setattr(Decoder, "__call__", watched)
     lm.next_logits(observe(rows))
-    hook = model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    try:
-        lm.next_logits(observe(rows))
-        assert seen == []
-        rows[0].append(9)
-        rows[2].append(9)
-        lm.next_logits(observe(rows))
-        assert seen == [(2, 1)]
-    finally:
-        hook.remove()
+    seen.clear()
+    lm.next_logits(observe(rows))
+    assert seen == []
+    rows[0].append(9)
+    rows[2].append(9)
+    lm.next_logits(observe(rows))
+    assert seen == [2]
 
 
 def test_numbers_do_not_depend_on_what_a_lane_did_before(model: Any) -> None:

@@ -1,0 +1,457 @@
+"""Llama and GPT-2 written out: the same numbers as `transformers`, without the cost of its generality.
+
+What a model of a million parameters takes for a step is mostly Python: hooks, masks, output classes, a cache object per layer.
+Here a pass is one loop over layers on tokens that stand back to back, whichever lane or episode they belong to, so nothing is
+padded outside attention, and refilled lanes' prompts ride along with the lanes that decode. The parameters are the model's own,
+and gradients reach them.
+
+Only what is known by name *and* proven equal to the plain forward pass is written out (`Decoder.of`); everything else keeps
+going through `transformers`.
+
+Notation: M tokens, d hidden size, H heads on K key/value heads of size h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Attention of a layer: its number, queries (M, H, h), keys and values (M, K, h) -> (M, H h)."""
+Linear: TypeAlias = tuple[Tensor, Tensor | None]
+"""Weight (out, in) and bias (out,)."""
+
+_PROVEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Trunks that have been compared with their plain forward pass, and the outcome."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Parameters of one layer. Several `Linear`s in a row are read side by side: query, key, value; gate, up."""
+
+    norm_attention: Linear
+    qkv: list[Linear]
+    attention_out: Linear
+    norm_mlp: Linear
+    up: list[Linear]
+    down: Linear
+
+
+class Decoder:
+    """The trunk of a Llama or a GPT-2: from token ids to last hidden states. Made by `Decoder.of`.
+
+    Args:
+        trunk: The `transformers` model without its head.
+        fused: Copy query, key and value into one matrix, and gate and up: fewer calls. For passes without gradient; a copy does not
+            follow the weights, so whoever keeps one makes it again when they change.
+
+    Raises:
+        NotImplementedError: Some part is not known here.
+    """
+
+    def __init__(self, trunk: Any, fused: bool = False) -> None:
+        config = trunk.config
+        kind = type(trunk).__name__
+        if kind not in _READERS or any(m._forward_hooks or m._forward_pre_hooks for m in trunk.modules()):
+            raise NotImplementedError(kind)
+        _READERS[kind](self, trunk)
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
+        self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.dtype: torch.dtype = self.embedding.dtype
+        if trunk.training or self.activation is None:
+            raise NotImplementedError("dropout, or an activation of another name")
+        if fused:
+            self.layers = [_fused(layer) for layer in self.layers]
+
+    embedding: Tensor
+    """(V, d)"""
+    positions: Tensor | None
+    """GPT-2's learned positions, (L, d)."""
+    rotary: tuple[Tensor, Tensor] | None
+    """Llama's rotation: cosine, and sine with the sign of the half that it multiplies, (L, 1, h) each."""
+    layers: list[_Layer]
+    norm: Linear
+    eps: float
+    activation: Callable[[Tensor], Tensor] | None
+    gated: bool
+
+    @classmethod
+    def of(cls, trunk: Any, fused: bool = False) -> Decoder | None:
+        """The written-out pass of a trunk, or None where there is none that equals the plain one."""
+        try:
+            decoder = cls(trunk, fused)
+        except (NotImplementedError, AttributeError):
+            return None
+        if trunk not in _PROVEN:
+            _PROVEN[trunk] = decoder.equals(trunk)
+        return decoder if _PROVEN[trunk] else None
+
+    def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Last hidden states of tokens that stand back to back. Shapes: (M,), (M,) -> (M, d)."""
+        x = F.embedding(ids, self.embedding)
+        rotation = None
+        if self.positions is not None:
+            x = x + F.embedding(positions, self.positions)
+        elif self.rotary is not None:
+            rotation = self.rotary[0][positions], self.rotary[1][positions]
+        mixed = self.heads + self.kv_heads
+        for i, layer in enumerate(self.layers):
+            qkv = _side_by_side(self._normed(x, layer.norm_attention), layer.qkv)
+            qkv = qkv.view(len(x), mixed + self.kv_heads, self.head_size)
+            qk, v = qkv[:, :mixed], qkv[:, mixed:]
+            if rotation is not None:
+                qk = torch.addcmul(qk * rotation[0], qk.roll(self.head_size // 2, -1), rotation[1])
+            x = _linear_and_add(attend(i, qk[:, : self.heads], qk[:, self.heads :], v), layer.attention_out, x)
+            up = _side_by_side(self._normed(x, layer.norm_mlp), layer.up)
+            if self.gated:
+                gate, up = up.chunk(2, dim=-1)
+                up = self.activation(gate) * up
+            else:
+                up = self.activation(up)
+            x = _linear_and_add(up, layer.down, x)
+        return self._normed(x, self.norm)
+
+    def _normed(self, x: Tensor, norm: Linear) -> Tensor:
+        weight, bias = norm
+        if bias is None:
+            return torch.rms_norm(x, weight.shape, weight, self.eps)
+        return torch.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+    @torch.no_grad()
+    def equals(self, trunk: Any) -> bool:
+        """Whether the plain forward pass says the same of three random rows of different lengths."""
+        lengths = np.array([16, 5, 1])
+        limit = getattr(trunk.config, "max_position_embeddings", None)
+        lengths = np.minimum(lengths, limit or 16)
+        tokens = np.random.default_rng(0).integers(len(self.embedding), size=(3, 16))
+        ours = self.packed(tokens, lengths)
+        begin = 0
+        for row, n in zip(tokens, lengths, strict=True):
+            ids = torch.from_numpy(row[None, :n]).to(ours.device)
+            plain = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state[0]
+            bound = (1e-4 if self.dtype == torch.float32 else 5e-2) * max(1.0, plain.abs().max().item())
+            if not (ours[begin : begin + n] - plain).abs().max().item() <= bound:
+                return False
+            begin += n
+        return True
+
+    def packed(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> Tensor:
+        """Last hidden states of right-padded rows, back to back: padding costs nothing. Shapes: (B, L), (B,) -> (M, d)."""
+        device = self.embedding.device
+        inside = np.arange(int(lengths.max())) < lengths[:, None]
+        ids = torch.from_numpy(tokens[:, : inside.shape[1]][inside]).to(device)
+        place = torch.from_numpy(np.nonzero(inside)[1]).to(device)
+        return self(ids, place, Rows(lengths, device))
+
+
+# ---------------------------------------------------------------------- attention
+
+
+class Rows:
+    """Causal attention within sequences that stand back to back.
+
+    Args:
+        lengths: Of the sequences. Shape: (B,).
+        device: Of the tokens.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], device: torch.device) -> None:
+        self.grid = _Grid(np.arange(int(lengths.max())) < lengths[:, None], device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Attend`."""
+        dtype, grouped = q.dtype, q.shape[1] != k.shape[1]
+        q, k, v = (self.grid.spread(_for_attention(x)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return self.grid.gather(out.transpose(1, 2).flatten(2)).to(dtype)
+
+
+class Slots:
+    """Keys and values of N lanes for all layers, each lane written at its own position.
+
+    Args:
+        decoder: Whose layers and heads.
+        lanes: N.
+        width: L, in tokens.
+    """
+
+    def __init__(self, decoder: Decoder, lanes: int, width: int) -> None:
+        self.decoder = decoder
+        self.width, self.heads, self.kv_heads = width, decoder.heads, decoder.kv_heads
+        self.store = _for_attention(decoder.embedding.new_zeros(0)).new_zeros(
+            len(decoder.layers), 2, lanes, self.kv_heads, width, decoder.head_size
+        )
+        self.cells = self.store.view(len(decoder.layers), 2, -1, decoder.head_size).unbind()
+
+    def swap(self, a: list[int], b: list[int]) -> None:
+        """Exchange rows pairwise."""
+        self.store[:, :, a + b] = self.store[:, :, b + a]
+
+    def step(self, tokens: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]) -> Tensor:
+        """One pass that writes tokens [start, stop) of the first B rows of the store.
+
+        Rows that begin with the same tokens (the prompt of a group) are computed once.
+
+        Args:
+            tokens: Shape: (B, L).
+            start: Tokens whose keys and values are there. Shape: (B,).
+            stop: Shape: (B,).
+
+        Returns:
+            Hidden states of the last tokens. Shape: (B, d).
+        """
+        device = self.store.device
+        like = np.arange(len(tokens))  # the row that is computed for each
+        first: dict[bytes, int] = {}
+        for i in np.flatnonzero(start == 0):
+            like[i] = first.setdefault(tokens[i, : stop[i]].tobytes(), int(i))
+        computed = like == np.arange(len(tokens))
+        order = np.concatenate([np.flatnonzero(start > 0), np.flatnonzero(computed & (start == 0))])
+        row, place = _ranges(order, start[order], stop[order])
+        ids = torch.from_numpy(tokens[row, place]).to(device)
+        states = self.decoder(ids, torch.from_numpy(place).to(device), _SlotAttention(self, start, stop, order, like))
+        end = np.empty(len(tokens), np.int64)
+        end[order] = np.cumsum((stop - start)[order]) - 1
+        return _Selection(end[like], len(states), device)(states)
+
+
+class _SlotAttention:
+    """Attention of one pass over a `Slots`: growing rows read the store, fresh ones look at themselves.
+
+    Args:
+        slots: The store.
+        start: Shape: (B,).
+        stop: Shape: (B,).
+        order: Rows whose tokens are computed, growing ones first. Shape: (C,).
+        like: The computed row that each row is a copy of. Shape: (B,).
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        start: NDArray[np.int64],
+        stop: NDArray[np.int64],
+        order: NDArray[np.int64],
+        like: NDArray[np.int64],
+    ) -> None:
+        device, new = slots.store.device, stop - start
+        self.slots = slots
+        growing = order[start[order] > 0]
+        fresh = order[len(growing) :]
+        self.boundary = int(new[growing].sum())
+        self.fresh = Rows(new[fresh], device) if len(fresh) else None
+
+        # What is written where: a row's keys and values come from the row that is computed for it.
+        begin = np.empty(len(start), np.int64)
+        begin[order] = np.cumsum(new[order]) - new[order]
+        row, place = _ranges(np.arange(len(start)), start, stop)
+        self.source = _Selection(begin[like[row]] + place - start[row], int(new[order].sum()), device)
+        target = row * (slots.kv_heads * slots.width) + place
+        heads = np.arange(slots.kv_heads) * slots.width
+        self.target = torch.from_numpy((target[:, None] + heads).ravel()).to(device)
+
+        if len(growing):
+            span, horizon = int(growing.max()) + 1, int(stop[growing].max())
+            count, first = np.zeros(span, np.int64), np.zeros(span, np.int64)
+            count[growing], first[growing] = new[growing], start[growing]
+            queries = np.arange(int(count.max()))
+            self.grid = _Grid(queries < count[:, None], device)
+            # (span, Q, horizon); rows between growing ones read rubbish, which nobody uses
+            mask = np.where(np.arange(horizon) > (first[:, None] + queries)[:, :, None], np.finfo(np.float32).min, 0.0)
+            rows = torch.from_numpy(mask).to(device, slots.store.dtype)[:, None, None]
+            share = slots.heads // slots.kv_heads  # query heads that read one key/value head
+            self.mask = rows.expand(-1, slots.kv_heads, share, -1, -1).reshape(-1, share * len(queries), horizon)
+            self.stored = slots.store[:, :, :span, :, :horizon].flatten(2, 3).unbind()
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Attend`."""
+        keys, values = self.slots.cells[layer]
+        keys.index_copy_(0, self.target, self.source(_for_attention(k)).flatten(0, 1))
+        values.index_copy_(0, self.target, self.source(_for_attention(v)).flatten(0, 1))
+        if self.fresh is None:
+            return self._read(layer, q)
+        fresh = self.fresh(layer, q[self.boundary :], k[self.boundary :], v[self.boundary :])
+        return torch.cat([self._read(layer, q[: self.boundary]), fresh]) if self.boundary else fresh
+
+    def _read(self, layer: int, q: Tensor) -> Tensor:
+        """Growing rows look at what is stored. Shape: (M, H, h) -> (M, H h)."""
+        keys, values = self.stored[layer]
+        kv_heads, size = self.slots.kv_heads, q.shape[-1]
+        grid = self.grid.spread(_for_attention(q)).unflatten(2, (kv_heads, -1))  # (span, Q, K, share, h)
+        asked = grid.permute(0, 2, 3, 1, 4).reshape(len(keys), -1, size)
+        scores = torch.baddbmm(self.mask, asked, keys.mT, alpha=size**-0.5)
+        out = torch.bmm(scores.softmax(dim=-1), values).view(grid.shape[0], kv_heads, -1, grid.shape[1], size)
+        return self.grid.gather(out.permute(0, 3, 1, 2, 4).flatten(2)).to(q.dtype)
+
+
+class _Grid:
+    """Tokens that stand back to back, as the cells of a grid that are inside. Shape of `inside`: (B, T)."""
+
+    def __init__(self, inside: NDArray[np.bool_], device: torch.device) -> None:
+        self.shape = inside.shape
+        self.inside: Tensor | None = None
+        if not inside.all():
+            source = np.zeros(inside.shape, np.int64)  # outside stands the first token again: finite, and seen by none
+            source[inside] = np.arange(inside.sum())
+            self.source = torch.from_numpy(source.ravel()).to(device)
+            self.inside = torch.from_numpy(np.flatnonzero(inside)).to(device)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Shape: (M, ...) -> (B, T, ...)."""
+        return (x if self.inside is None else x.index_select(0, self.source)).unflatten(0, self.shape)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Shape: (B, T, ...) -> (M, ...)."""
+        return x.flatten(0, 1) if self.inside is None else x.flatten(0, 1).index_select(0, self.inside)
+
+
+def _for_attention(x: Tensor) -> Tensor:
+    """Float32 on a CPU, whatever the weights are: attention in bfloat16 was 6 to 8 times slower there."""
+    return x.float() if x.device.type == "cpu" else x
+
+
+class _Selection:
+    """Rows of a tensor; the tensor itself where those are all of its `total` rows in order. Shape of `rows`: (B,)."""
+
+    def __init__(self, rows: NDArray[np.int64], total: int, device: torch.device) -> None:
+        everything = len(rows) == total and (rows == np.arange(total)).all()
+        self.rows = None if everything else torch.from_numpy(rows).to(device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x if self.rows is None else x.index_select(0, self.rows)
+
+
+def _ranges(
+    rows: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(row, place) of each token in [start, stop), row after row. Shapes: (B,) each -> (M,), (M,)."""
+    count = stop - start
+    offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    return np.repeat(rows, count), np.repeat(start, count) + offset
+
+
+# ---------------------------------------------------------------------- linear layers
+
+
+def _side_by_side(x: Tensor, linears: list[Linear]) -> Tensor:
+    if len(linears) == 1:
+        return F.linear(x, *linears[0])
+    return torch.cat([F.linear(x, weight, bias) for weight, bias in linears], dim=-1)
+
+
+def _linear_and_add(x: Tensor, linear: Linear, to: Tensor) -> Tensor:
+    weight, bias = linear
+    out = torch.addmm(to, x, weight.t())
+    return out if bias is None else out + bias
+
+
+def _fused(layer: _Layer) -> _Layer:
+    def side_by_side(linears: list[Linear]) -> list[Linear]:
+        if len(linears) == 1:
+            return linears
+        biases = [bias for _, bias in linears if bias is not None]
+        return [(torch.cat([w.detach() for w, _ in linears]), torch.cat(biases).detach() if biases else None)]
+
+    return _Layer(
+        layer.norm_attention, side_by_side(layer.qkv), layer.attention_out, layer.norm_mlp, side_by_side(layer.up), layer.down,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- reading a trunk
+
+
+def _read_llama(decoder: Decoder, trunk: Any) -> None:
+    config = trunk.config
+    if config.rope_parameters["rope_type"] != "default":
+        raise NotImplementedError("a rotation that depends on the length")
+    decoder.embedding, decoder.positions = trunk.embed_tokens.weight, None
+    decoder.rotary = _rotation(trunk)
+    decoder.eps, decoder.activation, decoder.gated = config.rms_norm_eps, _ACTIVATIONS.get(config.hidden_act), True
+    decoder.norm = trunk.norm.weight, None
+    decoder.layers = [
+        _Layer(
+            norm_attention=(layer.input_layernorm.weight, None),
+            qkv=[_linear(part) for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)],
+            attention_out=_linear(layer.self_attn.o_proj),
+            norm_mlp=(layer.post_attention_layernorm.weight, None),
+            up=[_linear(layer.mlp.gate_proj), _linear(layer.mlp.up_proj)],
+            down=_linear(layer.mlp.down_proj),
+        )
+        for layer in trunk.layers
+    ]
+
+
+_ROTATIONS: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _rotation(trunk: Any) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of every position: `x cos + roll(x) sin` is the rotation. Shapes: (L, 1, h)."""
+    frequencies = trunk.rotary_emb.inv_freq
+    known = _ROTATIONS.get(trunk)
+    if known is None or known[0].device != frequencies.device or known[0].dtype != trunk.dtype:
+        places = torch.arange(trunk.config.max_position_embeddings, device=frequencies.device)
+        probe = torch.empty(0, dtype=trunk.dtype, device=frequencies.device)
+        cos, sin = (x[0, :, None] for x in trunk.rotary_emb(probe, places[None]))
+        half = sin.shape[-1] // 2
+        sign = torch.cat([-torch.ones(half), torch.ones(half)]).to(sin)
+        known = _ROTATIONS[trunk] = (cos, sin * sign)
+    return known
+
+
+def _read_gpt2(decoder: Decoder, trunk: Any) -> None:
+    config = trunk.config
+    plain = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
+    if not plain or config.reorder_and_upcast_attn or config.add_cross_attention:
+        raise NotImplementedError("attention of another kind")
+    decoder.embedding, decoder.positions, decoder.rotary = trunk.wte.weight, trunk.wpe.weight, None
+    decoder.eps, decoder.activation, decoder.gated = (
+        config.layer_norm_epsilon,
+        _ACTIVATIONS.get(config.activation_function),
+        False,
+    )
+    decoder.norm = trunk.ln_f.weight, trunk.ln_f.bias
+    decoder.layers = [
+        _Layer(
+            norm_attention=(layer.ln_1.weight, layer.ln_1.bias),
+            qkv=[_linear(layer.attn.c_attn)],
+            attention_out=_linear(layer.attn.c_proj),
+            norm_mlp=(layer.ln_2.weight, layer.ln_2.bias),
+            up=[_linear(layer.mlp.c_fc)],
+            down=_linear(layer.mlp.c_proj),
+        )
+        for layer in trunk.h
+    ]
+
+
+def _linear(module: nn.Module) -> Linear:
+    """Weight and bias of a plain layer; one that an adapter has wrapped is not plain."""
+    if type(module) is nn.Linear:
+        return module.weight, module.bias
+    if type(module) is Conv1D:
+        return module.weight.t(), module.bias
+    raise NotImplementedError(f"{type(module).__name__} in the place of a linear layer")
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+}
+_READERS: dict[str, Callable[[Decoder, Any], None]] = {"LlamaModel": _read_llama, "GPT2Model": _read_gpt2}
