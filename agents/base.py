@@ -216,7 +216,7 @@ class LanguageModelAgent:
     def optimizer(self, *modules: torch.nn.Module) -> torch.optim.Adam:
         """Adam over the policy (and further modules), with InstructGPT's betas and the eps of Ziegler's code."""
         parameters = [*self.policy.parameters(), *(p for module in modules for p in module.parameters())]
-        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-5)
+        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=True)
 
     @property
     def timesteps_counted(self) -> int:
@@ -330,7 +330,9 @@ class LanguageModelAgent:
                 save_file(tensors, scratch / CRITIC_FILE)
             progress = self._before_rollout or self._progress()
             optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers().items()}
-            torch.save({"optimizers": optimizers, **progress}, scratch / TRAINER_FILE)
+            torch.save(
+                {"optimizers": optimizers, **progress, "env": _as_tensors(progress["env"])}, scratch / TRAINER_FILE
+            )
             about = {
                 "agent": type(self).__name__,
                 "config": asdict(self.config),
@@ -412,7 +414,7 @@ class LanguageModelAgent:
             "seconds": self._seconds,
             "reward_seconds": self._reward_seconds,
             "accounts": dict(self.accounts),
-            "env": _as_tensors(self.lanes.get_state()),
+            "env": self.lanes.get_state(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -13,9 +13,10 @@ Notation: M tokens, d hidden size, H heads on K key/value heads of size h.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,23 +28,26 @@ from transformers.pytorch_utils import Conv1D
 
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Attention of a layer: its number, queries (M, H, h), keys and values (M, K, h) -> (M, H h)."""
-Linear: TypeAlias = tuple[Tensor, Tensor | None]
-"""Weight (out, in) and bias (out,)."""
 
-_PROVEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Trunks that have been compared with their plain forward pass, and the outcome."""
+
+class _Linear(NamedTuple):
+    """A linear layer or a norm, by the dictionary in which its module keeps weight and bias: what is written there is seen here."""
+
+    parameters: dict[str, Any]
+    transposed: bool = False
+    """Whether the weight is (in, out), as GPT-2 has it."""
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Parameters of one layer. Several `Linear`s in a row are read side by side: query, key, value; gate, up."""
+    """Several linear layers in a row are read side by side: query, key, value; gate, up."""
 
-    norm_attention: Linear
-    qkv: list[Linear]
-    attention_out: Linear
-    norm_mlp: Linear
-    up: list[Linear]
-    down: Linear
+    norm_attention: _Linear
+    qkv: list[_Linear]
+    attention_out: _Linear
+    norm_mlp: _Linear
+    up: list[_Linear]
+    down: _Linear
 
 
 class Decoder:
@@ -51,59 +55,96 @@ class Decoder:
 
     Args:
         trunk: The `transformers` model without its head.
-        fused: Copy query, key and value into one matrix, and gate and up: fewer calls. For passes without gradient; a copy does not
-            follow the weights, so whoever keeps one makes it again when they change.
 
     Raises:
         NotImplementedError: Some part is not known here.
     """
 
-    def __init__(self, trunk: Any, fused: bool = False) -> None:
-        config = trunk.config
-        kind = type(trunk).__name__
-        if kind not in _READERS or any(m._forward_hooks or m._forward_pre_hooks for m in trunk.modules()):
+    def __init__(self, trunk: Any) -> None:
+        kind, config = type(trunk).__name__, trunk.config
+        if kind not in _READERS or trunk.training:
             raise NotImplementedError(kind)
+        self._places: list[tuple[Any, str, nn.Module]] = []  # (modules of the parent, name, module) of all that is read
+        self.rotation: tuple[Tensor, Tensor] | None = (
+            None  # Llama's, by position: cosine and signed sine, (L, 1, h) each
+        )
+        self.positions: _Linear | None = None  # GPT-2's learned ones
+        self.embedding: _Linear
+        self.layers: list[_Layer]
+        self.norm: _Linear
+        self.eps: float
+        self.activation: Callable[[Tensor], Tensor]
+        self.gated: bool
         _READERS[kind](self, trunk)
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.dtype: torch.dtype = self.embedding.dtype
-        if trunk.training or self.activation is None:
-            raise NotImplementedError("dropout, or an activation of another name")
-        if fused:
-            self.layers = [_fused(layer) for layer in self.layers]
-
-    embedding: Tensor
-    """(V, d)"""
-    positions: Tensor | None
-    """GPT-2's learned positions, (L, d)."""
-    rotary: tuple[Tensor, Tensor] | None
-    """Llama's rotation: cosine, and sine with the sign of the half that it multiplies, (L, 1, h) each."""
-    layers: list[_Layer]
-    norm: Linear
-    eps: float
-    activation: Callable[[Tensor], Tensor] | None
-    gated: bool
+        self._home = self.weights.device, self.weights.dtype
+        if not self._intact(trunk):
+            raise NotImplementedError("a hook, which would not be called")
 
     @classmethod
-    def of(cls, trunk: Any, fused: bool = False) -> Decoder | None:
+    def of(cls, trunk: Any) -> Decoder | None:
         """The written-out pass of a trunk, or None where there is none that equals the plain one."""
-        try:
-            decoder = cls(trunk, fused)
-        except (NotImplementedError, AttributeError):
-            return None
-        if trunk not in _PROVEN:
-            _PROVEN[trunk] = decoder.equals(trunk)
-        return decoder if _PROVEN[trunk] else None
+        known = _KNOWN.get(trunk)
+        if known is None or not known._intact(trunk):
+            try:
+                known = cls(trunk)
+            except (NotImplementedError, AttributeError, KeyError):
+                return None
+            if trunk not in _PROVEN:
+                _PROVEN[trunk] = known.equals(trunk)
+            if not _PROVEN[trunk]:
+                return None
+            _KNOWN[trunk] = known
+        return known
+
+    def fused(self) -> Decoder:
+        """A copy that has query, key and value in one matrix, and gate and up: fewer calls, for passes without gradient.
+
+        It does not follow the weights: make it again when they change.
+        """
+        twin = copy.copy(self)
+        twin.layers = [replace(layer, qkv=_fused(layer.qkv), up=_fused(layer.up)) for layer in self.layers]
+        return twin
+
+    @property
+    def weights(self) -> Tensor:
+        """The embedding, to know device and type by. Shape: (V, d)."""
+        weight: Tensor = self.embedding.parameters["weight"]
+        return weight
+
+    def part(self, parent: nn.Module, name: str) -> _Linear:
+        """Weight and bias of a plain module; one that an adapter has wrapped is not plain."""
+        module = parent._modules[name]
+        plain = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm)
+        if type(module) not in plain and type(module).__name__ != "LlamaRMSNorm":
+            raise NotImplementedError(f"{type(module).__name__} as {name}")
+        assert module is not None
+        self._places.append((parent._modules, name, module))
+        return _Linear(module._parameters, transposed=type(module) is Conv1D)
+
+    def _intact(self, trunk: Any) -> bool:
+        """Whether the trunk still consists of the modules that were read, without hooks."""
+        return (
+            not trunk.training
+            and not trunk._forward_hooks
+            and not trunk._forward_pre_hooks
+            and (self.weights.device, self.weights.dtype) == self._home
+            and all(
+                modules.get(name) is module and not module._forward_hooks and not module._forward_pre_hooks
+                for modules, name, module in self._places
+            )
+        )
 
     def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Last hidden states of tokens that stand back to back. Shapes: (M,), (M,) -> (M, d)."""
-        x = F.embedding(ids, self.embedding)
+        x = F.embedding(ids, self.weights)
         rotation = None
         if self.positions is not None:
-            x = x + F.embedding(positions, self.positions)
-        elif self.rotary is not None:
-            rotation = self.rotary[0][positions], self.rotary[1][positions]
+            x = x + F.embedding(positions, self.positions.parameters["weight"])
+        elif self.rotation is not None:
+            rotation = tuple(table[positions].to(x.dtype) for table in self.rotation)
         mixed = self.heads + self.kv_heads
         for i, layer in enumerate(self.layers):
             qkv = _side_by_side(self._normed(x, layer.norm_attention), layer.qkv)
@@ -121,11 +162,10 @@ class Decoder:
             x = _linear_and_add(up, layer.down, x)
         return self._normed(x, self.norm)
 
-    def _normed(self, x: Tensor, norm: Linear) -> Tensor:
-        weight, bias = norm
-        if bias is None:
-            return torch.rms_norm(x, weight.shape, weight, self.eps)
-        return torch.layer_norm(x, weight.shape, weight, bias, self.eps)
+    def _normed(self, x: Tensor, norm: _Linear) -> Tensor:
+        if "bias" not in norm.parameters:
+            return torch.rms_norm(x, x.shape[-1:], norm.parameters["weight"], self.eps)
+        return torch.layer_norm(x, x.shape[-1:], norm.parameters["weight"], norm.parameters["bias"], self.eps)
 
     @torch.no_grad()
     def equals(self, trunk: Any) -> bool:
@@ -133,13 +173,13 @@ class Decoder:
         lengths = np.array([16, 5, 1])
         limit = getattr(trunk.config, "max_position_embeddings", None)
         lengths = np.minimum(lengths, limit or 16)
-        tokens = np.random.default_rng(0).integers(len(self.embedding), size=(3, 16))
+        tokens = np.random.default_rng(0).integers(len(self.weights), size=(3, 16))
         ours = self.packed(tokens, lengths)
         begin = 0
         for row, n in zip(tokens, lengths, strict=True):
             ids = torch.from_numpy(row[None, :n]).to(ours.device)
             plain = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state[0]
-            bound = (1e-4 if self.dtype == torch.float32 else 5e-2) * max(1.0, plain.abs().max().item())
+            bound = (1e-4 if self.weights.dtype == torch.float32 else 5e-2) * max(1.0, plain.abs().max().item())
             if not (ours[begin : begin + n] - plain).abs().max().item() <= bound:
                 return False
             begin += n
@@ -147,7 +187,7 @@ class Decoder:
 
     def packed(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> Tensor:
         """Last hidden states of right-padded rows, back to back: padding costs nothing. Shapes: (B, L), (B,) -> (M, d)."""
-        device = self.embedding.device
+        device = self.weights.device
         inside = np.arange(int(lengths.max())) < lengths[:, None]
         ids = torch.from_numpy(tokens[:, : inside.shape[1]][inside]).to(device)
         place = torch.from_numpy(np.nonzero(inside)[1]).to(device)
@@ -188,7 +228,7 @@ class Slots:
     def __init__(self, decoder: Decoder, lanes: int, width: int) -> None:
         self.decoder = decoder
         self.width, self.heads, self.kv_heads = width, decoder.heads, decoder.kv_heads
-        self.store = _for_attention(decoder.embedding.new_zeros(0)).new_zeros(
+        self.store = _for_attention(decoder.weights.new_zeros(0)).new_zeros(
             len(decoder.layers), 2, lanes, self.kv_heads, width, decoder.head_size
         )
         self.cells = self.store.view(len(decoder.layers), 2, -1, decoder.head_size).unbind()
@@ -343,28 +383,33 @@ def _ranges(
 # ---------------------------------------------------------------------- linear layers
 
 
-def _side_by_side(x: Tensor, linears: list[Linear]) -> Tensor:
-    if len(linears) == 1:
-        return F.linear(x, *linears[0])
-    return torch.cat([F.linear(x, weight, bias) for weight, bias in linears], dim=-1)
+def _linear(x: Tensor, linear: _Linear) -> Tensor:
+    weight, bias = linear.parameters["weight"], linear.parameters["bias"]
+    if linear.transposed:
+        return torch.addmm(bias, x, weight)
+    return F.linear(x, weight, bias)
 
 
-def _linear_and_add(x: Tensor, linear: Linear, to: Tensor) -> Tensor:
-    weight, bias = linear
-    out = torch.addmm(to, x, weight.t())
+def _side_by_side(x: Tensor, linears: list[_Linear]) -> Tensor:
+    return _linear(x, linears[0]) if len(linears) == 1 else torch.cat([_linear(x, part) for part in linears], dim=-1)
+
+
+def _linear_and_add(x: Tensor, linear: _Linear, to: Tensor) -> Tensor:
+    weight, bias = linear.parameters["weight"], linear.parameters["bias"]
+    out = torch.addmm(to, x, weight if linear.transposed else weight.t())
     return out if bias is None else out + bias
 
 
-def _fused(layer: _Layer) -> _Layer:
-    def side_by_side(linears: list[Linear]) -> list[Linear]:
-        if len(linears) == 1:
-            return linears
-        biases = [bias for _, bias in linears if bias is not None]
-        return [(torch.cat([w.detach() for w, _ in linears]), torch.cat(biases).detach() if biases else None)]
-
-    return _Layer(
-        layer.norm_attention, side_by_side(layer.qkv), layer.attention_out, layer.norm_mlp, side_by_side(layer.up), layer.down,
-    )  # fmt: skip
+def _fused(linears: list[_Linear]) -> list[_Linear]:
+    if len(linears) == 1:
+        return linears
+    parts: dict[str, Any] = {"bias": None}
+    for name in ("weight", "bias"):
+        found = [part.parameters[name] for part in linears]
+        tensors = [tensor.detach() for tensor in found if tensor is not None]
+        if tensors:
+            parts[name] = torch.cat(tensors)
+    return [_Linear(parts)]
 
 
 # ---------------------------------------------------------------------- reading a trunk
@@ -373,40 +418,31 @@ def _fused(layer: _Layer) -> _Layer:
 def _read_llama(decoder: Decoder, trunk: Any) -> None:
     config = trunk.config
     if config.rope_parameters["rope_type"] != "default":
-        raise NotImplementedError("a rotation that depends on the length")
-    decoder.embedding, decoder.positions = trunk.embed_tokens.weight, None
-    decoder.rotary = _rotation(trunk)
-    decoder.eps, decoder.activation, decoder.gated = config.rms_norm_eps, _ACTIVATIONS.get(config.hidden_act), True
-    decoder.norm = trunk.norm.weight, None
+        raise NotImplementedError("a rotation that may depend on the length")
+    decoder.rotation = _rotation(trunk)
+    decoder.eps, decoder.activation, decoder.gated = config.rms_norm_eps, _ACTIVATIONS[config.hidden_act], True
+    decoder.embedding, decoder.norm = decoder.part(trunk, "embed_tokens"), decoder.part(trunk, "norm")
     decoder.layers = [
         _Layer(
-            norm_attention=(layer.input_layernorm.weight, None),
-            qkv=[_linear(part) for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)],
-            attention_out=_linear(layer.self_attn.o_proj),
-            norm_mlp=(layer.post_attention_layernorm.weight, None),
-            up=[_linear(layer.mlp.gate_proj), _linear(layer.mlp.up_proj)],
-            down=_linear(layer.mlp.down_proj),
+            norm_attention=decoder.part(layer, "input_layernorm"),
+            qkv=[decoder.part(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")],
+            attention_out=decoder.part(layer.self_attn, "o_proj"),
+            norm_mlp=decoder.part(layer, "post_attention_layernorm"),
+            up=[decoder.part(layer.mlp, name) for name in ("gate_proj", "up_proj")],
+            down=decoder.part(layer.mlp, "down_proj"),
         )
         for layer in trunk.layers
     ]
 
 
-_ROTATIONS: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary()
-
-
-@torch.no_grad()
 def _rotation(trunk: Any) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine of every position: `x cos + roll(x) sin` is the rotation. Shapes: (L, 1, h)."""
-    frequencies = trunk.rotary_emb.inv_freq
-    known = _ROTATIONS.get(trunk)
-    if known is None or known[0].device != frequencies.device or known[0].dtype != trunk.dtype:
-        places = torch.arange(trunk.config.max_position_embeddings, device=frequencies.device)
-        probe = torch.empty(0, dtype=trunk.dtype, device=frequencies.device)
-        cos, sin = (x[0, :, None] for x in trunk.rotary_emb(probe, places[None]))
-        half = sin.shape[-1] // 2
-        sign = torch.cat([-torch.ones(half), torch.ones(half)]).to(sin)
-        known = _ROTATIONS[trunk] = (cos, sin * sign)
-    return known
+    """`x cos + roll(x) sin` is the rotation of a head by its position. Shapes: (L, 1, h), (L, 1, h)."""
+    with torch.no_grad():
+        places = torch.arange(trunk.config.max_position_embeddings, device=trunk.rotary_emb.inv_freq.device)
+        cos, sin = (x[0, :, None] for x in trunk.rotary_emb(places[:0].float(), places[None]))
+        sign = torch.ones(sin.shape[-1]).to(sin)
+        sign[: len(sign) // 2] = -1
+        return cos, sin * sign
 
 
 def _read_gpt2(decoder: Decoder, trunk: Any) -> None:
@@ -414,33 +450,21 @@ def _read_gpt2(decoder: Decoder, trunk: Any) -> None:
     plain = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
     if not plain or config.reorder_and_upcast_attn or config.add_cross_attention:
         raise NotImplementedError("attention of another kind")
-    decoder.embedding, decoder.positions, decoder.rotary = trunk.wte.weight, trunk.wpe.weight, None
-    decoder.eps, decoder.activation, decoder.gated = (
-        config.layer_norm_epsilon,
-        _ACTIVATIONS.get(config.activation_function),
-        False,
-    )
-    decoder.norm = trunk.ln_f.weight, trunk.ln_f.bias
+    decoder.positions = decoder.part(trunk, "wpe")
+    decoder.eps, decoder.gated = config.layer_norm_epsilon, False
+    decoder.activation = _ACTIVATIONS[config.activation_function]
+    decoder.embedding, decoder.norm = decoder.part(trunk, "wte"), decoder.part(trunk, "ln_f")
     decoder.layers = [
         _Layer(
-            norm_attention=(layer.ln_1.weight, layer.ln_1.bias),
-            qkv=[_linear(layer.attn.c_attn)],
-            attention_out=_linear(layer.attn.c_proj),
-            norm_mlp=(layer.ln_2.weight, layer.ln_2.bias),
-            up=[_linear(layer.mlp.c_fc)],
-            down=_linear(layer.mlp.c_proj),
+            norm_attention=decoder.part(layer, "ln_1"),
+            qkv=[decoder.part(layer.attn, "c_attn")],
+            attention_out=decoder.part(layer.attn, "c_proj"),
+            norm_mlp=decoder.part(layer, "ln_2"),
+            up=[decoder.part(layer.mlp, "c_fc")],
+            down=decoder.part(layer.mlp, "c_proj"),
         )
         for layer in trunk.h
     ]
-
-
-def _linear(module: nn.Module) -> Linear:
-    """Weight and bias of a plain layer; one that an adapter has wrapped is not plain."""
-    if type(module) is nn.Linear:
-        return module.weight, module.bias
-    if type(module) is Conv1D:
-        return module.weight.t(), module.bias
-    raise NotImplementedError(f"{type(module).__name__} in the place of a linear layer")
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -454,4 +478,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
 }
+_KNOWN: WeakKeyDictionary[nn.Module, Decoder] = WeakKeyDictionary()
+"""What has been read."""
+_PROVEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Trunks that have been compared with their plain forward pass, and the outcome."""
 _READERS: dict[str, Callable[[Decoder, Any], None]] = {"LlamaModel": _read_llama, "GPT2Model": _read_gpt2}

@@ -32,6 +32,7 @@ from textenv.task import Task
 
 INTS = NDArray[np.int64]
 RENDER_MODES = ["ansi", "human"]
+REASONS = np.array(["length", "stop"], object)
 
 
 class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
@@ -119,6 +120,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         self._done = np.ones(n, bool)  # before the first reset every lane needs one
         self._was_reset = np.zeros(n, bool)
         self._steps = 0
+        self._stops = np.isin(np.arange(self.vocab_size), task.stop_tokens)
         self._ledger: Ledger | None = None
         self._warned = False
         self.closed = False
@@ -219,25 +221,35 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
 
     def _begin(self, lanes: INTS, chosen: INTS | None = None) -> None:
         """Put each lane at the start of an episode, or leave it idle when a deferred block has started all it wants."""
-        for lane in lanes:
-            if self._ledger is not None and self._ledger.full:
-                if (
-                    self._length[lane] == 0
-                ):  # never reset. Policies are asked about all lanes, so it shows lane 0's prompt
-                    self._tokens[lane], self._length[lane] = self._tokens[0], self._length[0]
-                continue
-            prompt_id, group_id = self._draw(lane) if chosen is None else (int(chosen[lane]), -1)
-            prompt = self.task.prompts.token_ids[prompt_id]
-            self._tokens[lane] = self.vocab_size
-            self._tokens[lane, : len(prompt)] = prompt
-            self._prompt_length[lane] = self._length[lane] = len(prompt)
-            self._prompt_id[lane], self._group_id[lane] = prompt_id, group_id
-            self._beta[lane] = self.kl.beta
-            self._kl[lane] = self._ref_log_prob[lane] = 0.0
-            self._token_rewards[lane], self._outcomes[lane] = 0.0, ""
-            self._done[lane], self._was_reset[lane] = False, True
-            if self._ledger is not None:
-                self._ledger.start(lane, prompt_id, group_id, len(prompt), self._beta[lane])
+        if self._ledger is not None:
+            lanes, idle = np.split(lanes, [self._ledger.size - self._ledger.started])
+        if len(lanes):
+            if chosen is None:
+                self._prompt_id[lanes], self._group_id[lanes] = np.transpose(
+                    [self._draw(lane) for lane in lanes.tolist()]
+                )
+            else:
+                self._prompt_id[lanes], self._group_id[lanes] = chosen[lanes], -1
+            self._tokens[lanes] = self.vocab_size
+            for lane, prompt_id in zip(lanes.tolist(), self._prompt_id[lanes].tolist(), strict=True):
+                prompt = self.task.prompts.token_ids[prompt_id]
+                self._tokens[lane, : len(prompt)] = prompt
+                self._length[lane] = len(prompt)
+            self._prompt_length[lanes] = self._length[lanes]
+            self._beta[lanes] = self.kl.beta
+            self._kl[lanes] = self._ref_log_prob[lanes] = 0.0
+            self._token_rewards[lanes], self._outcomes[lanes] = 0.0, ""
+            self._done[lanes], self._was_reset[lanes] = False, True
+        if self._ledger is not None:
+            self._start_in_ledger(lanes)
+            never = idle[self._length[idle] == 0]  # policies are asked about all lanes, so these show lane 0's prompt
+            self._tokens[never], self._length[never] = self._tokens[0], self._length[0]
+
+    def _start_in_ledger(self, lanes: INTS) -> None:
+        assert self._ledger is not None
+        self._ledger.start(
+            lanes, self._prompt_id[lanes], self._group_id[lanes], self._prompt_length[lanes], self._beta[lanes]
+        )
 
     def _draw(self, lane: int) -> tuple[int, int]:
         group, member = divmod(lane, min(self.group_size, self.num_envs))
@@ -292,9 +304,9 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         self._tokens[lanes, self._length[lanes]] = actions[lanes]
         self._length[lanes] += 1
         self._steps += len(lanes)
-        stopped = active & np.isin(actions, self.task.stop_tokens)
+        stopped = active & self._stops[actions]
         ended = active & (stopped | (self._length - self._prompt_length == self.task.max_new_tokens))
-        reasons = np.where(stopped, "stop", "length").astype(object)
+        reasons = REASONS[stopped.astype(np.intp)]
         finished = np.flatnonzero(ended)
         infos: dict[str, Any] = {}
         if self._ledger is not None:
@@ -518,17 +530,8 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         self._ledger = ledger
         fresh = ~self._done & (self._length == self._prompt_length)
         if fresh.all():  # reset just before the block: those are its first episodes
-            for lane in range(self.num_envs):
-                if ledger.full:
-                    self._done[lane] = True
-                else:
-                    ledger.start(
-                        lane,
-                        self._prompt_id[lane],
-                        self._group_id[lane],
-                        int(self._prompt_length[lane]),
-                        self._beta[lane],
-                    )
+            self._done[ledger.size :] = True
+            self._start_in_ledger(np.arange(min(ledger.size, self.num_envs)))
         else:  # nothing is carried over: the loop begins with a reset
             self._done[:], self._was_reset[:] = True, False
 

@@ -133,13 +133,13 @@ class Ledger:
     def __init__(self, env: TextVectorEnv, episodes: int) -> None:
         if isinstance(episodes, bool) or not isinstance(episodes, int | np.integer) or episodes < 1:
             raise ValueError(f"Expected deferred(episodes=...) to be a positive integer, got {episodes!r}.")
-        self._env, self._size = env, int(episodes)
+        self._env, self.size = env, int(episodes)
         self._episodes: Episodes | None = None
         self.clear()
 
     def clear(self) -> None:
         """Forget everything: a reset inside the block starts all over."""
-        size, width, budget = self._size, self._env.max_tokens, self._env.task.max_new_tokens
+        size, width, budget = self.size, self._env.max_tokens, self._env.task.max_new_tokens
         self.started = self.finished = 0
         self.index = np.full(self._env.num_envs, -1)  # lane -> the episode it is busy with
         self._ints = {
@@ -154,12 +154,12 @@ class Ledger:
     @property
     def done(self) -> bool:
         """Whether all episodes have finished."""
-        return self.finished == self._size
+        return self.finished == self.size
 
     @property
     def full(self) -> bool:
         """Whether all episodes have started."""
-        return self.started == self._size
+        return self.started == self.size
 
     @property
     def episodes(self) -> Episodes:
@@ -174,16 +174,12 @@ class Ledger:
             )
         return self._episodes
 
-    def start(self, lane: int, prompt_id: int, group_id: int, prompt_length: int, beta: float) -> None:
-        """A lane has begun an episode."""
-        i = self.index[lane] = self.started
-        self._ints["lane"][i], self._ints["prompt_id"][i], self._ints["group_id"][i] = (
-            lane,
-            prompt_id,
-            group_id,
-        )
+    def start(self, lanes: INTS, prompt_id: INTS, group_id: INTS, prompt_length: INTS, beta: FLOATS) -> None:
+        """These lanes have each begun an episode. Shapes: (M,) each."""
+        i = self.index[lanes] = np.arange(self.started, self.started + len(lanes))
+        self._ints["lane"][i], self._ints["prompt_id"][i], self._ints["group_id"][i] = lanes, prompt_id, group_id
         self._ints["prompt_length"][i], self._beta[i] = prompt_length, beta
-        self.started += 1
+        self.started += len(lanes)
 
     def record(self, lanes: INTS, step: INTS, log_probs: FLOATS) -> None:
         """Log-probabilities of the tokens that `lanes` have just emitted as their `step`-th. Shapes: (M,) each."""
@@ -206,7 +202,7 @@ class Ledger:
             return  # a broken rollout is not scored
         if not self.done:
             raise RuntimeError(
-                f"The deferred block was left with {self.finished} of {self._size} episodes finished: step until ledger.done."
+                f"The deferred block was left with {self.finished} of {self.size} episodes finished: step until ledger.done."
             )
         self._settle()
 
@@ -228,9 +224,9 @@ class Ledger:
         )
         scores = env._score(self._tokens, m, n, self._ints["prompt_id"])
         rewards = penalty
-        rewards[np.arange(self._size), n - 1] += scores.total
+        rewards[np.arange(self.size), n - 1] += scores.total
         self._episodes = Episodes(
-            order=np.arange(self._size),
+            order=np.arange(self.size),
             tokens=self._tokens,
             finish_reason=self._reasons,
             log_probs=log_probs,

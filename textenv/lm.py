@@ -372,8 +372,8 @@ class _Slots:
         self.row = np.arange(lanes)  # lane -> its row of the key/value tensors
         self.logits: torch.Tensor | None = None  # (N, V), after each lane's last token
         self.states: torch.Tensor | None = None  # (N, d), what the logits are read from
-        decoder = Decoder.of(model.base_model, fused=True)
-        self.keys = _PlainSlots(model, lanes, width) if decoder is None else Slots(decoder, lanes, width)
+        decoder = Decoder.of(model.base_model)
+        self.keys = _PlainSlots(model, lanes, width) if decoder is None else Slots(decoder.fused(), lanes, width)
 
     def follow(self, lm: LanguageModel, observations: NDArray[np.int64]) -> None:
         """Bring `logits` up to date with `observations`. Shape: (N, L)."""

@@ -90,7 +90,7 @@ class Behaviour:
 
 def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
     """The log-probability of `actions` under `logits`. Differentiable. Shapes: (M, V), (M,) -> (M,). Unit: nats."""
-    value: torch.Tensor = _LogProb.apply(logits, actions)
+    value: torch.Tensor = _LogProb.apply(logits, actions)  # type: ignore[no-untyped-call]  # torch has no annotation for it
     return value
 
 
