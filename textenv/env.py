@@ -120,7 +120,6 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         self._done = np.ones(n, bool)  # before the first reset every lane needs one
         self._was_reset = np.zeros(n, bool)
         self._steps = 0
-        self._stops = np.isin(np.arange(self.vocab_size), task.stop_tokens)
         self._ledger: Ledger | None = None
         self._warned = False
         self.closed = False
@@ -304,7 +303,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         self._tokens[lanes, self._length[lanes]] = actions[lanes]
         self._length[lanes] += 1
         self._steps += len(lanes)
-        stopped = active & self._stops[actions]
+        stopped = active & (actions[:, None] == np.array(self.task.stop_tokens, np.int64)).any(axis=1)
         ended = active & (stopped | (self._length - self._prompt_length == self.task.max_new_tokens))
         reasons = REASONS[stopped.astype(np.intp)]
         finished = np.flatnonzero(ended)

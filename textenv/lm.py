@@ -273,10 +273,10 @@ class LanguageModel:
         return verdicts[length]
 
     def _slots_for(self, lanes: int, width: int) -> _Slots:
-        """The cache of this batch size; a batch of another size is another set of lanes. The two last used are kept."""
+        """The cache of this batch size; a batch of another size is another set of lanes. The four last used are kept."""
         key = (lanes, width)
         if key not in self._slots:
-            while len(self._slots) > 1:
+            while len(self._slots) > 3:
                 self._slots.popitem(last=False)
             self._slots[key] = _Slots(self.model, lanes, width)
             self._pack_head(lanes)
@@ -386,7 +386,9 @@ class _Slots:
         start = np.where(prefix & (self.length < lengths), self.length, 0)
         self.length[stale] = 0  # if the pass below fails, these lanes start over
         lanes = self._pack(np.flatnonzero(stale))
-        states = self.keys.step(observations[lanes], start[lanes], lengths[lanes])
+        ids = observations[lanes]
+        ids[ids == lm.vocab_size] = 0  # padding; and whatever stands inside an observation that no environment gives
+        states = self.keys.step(ids, start[lanes], lengths[lanes])
         if len(lanes) == len(self.row):
             self.states = states[torch.from_numpy(self.row).to(states.device)]
             self.logits = lm.head(self.states)
