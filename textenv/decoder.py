@@ -70,6 +70,7 @@ class Decoder:
         )
         self.positions: _Linear | None = None  # GPT-2's learned ones
         self.embedding: _Linear
+        self.padding: int | None = trunk.get_input_embeddings().padding_idx  # a row that gets no gradient
         self.layers: list[_Layer]
         self.norm: _Linear
         self.eps: float
@@ -139,7 +140,7 @@ class Decoder:
 
     def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Last hidden states of tokens that stand back to back. Shapes: (M,), (M,) -> (M, d)."""
-        x = F.embedding(ids, self.weights)
+        x = F.embedding(ids, self.weights, self.padding)
         rotation = None
         if self.positions is not None:
             x = x + F.embedding(positions, self.positions.parameters["weight"])

@@ -233,11 +233,11 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             for lane, prompt_id in zip(lanes.tolist(), self._prompt_id[lanes].tolist(), strict=True):
                 prompt = self.task.prompts.token_ids[prompt_id]
                 self._tokens[lane, : len(prompt)] = prompt
-                self._length[lane] = len(prompt)
+                self._length[lane], self._outcomes[lane] = len(prompt), ""
             self._prompt_length[lanes] = self._length[lanes]
             self._beta[lanes] = self.kl.beta
             self._kl[lanes] = self._ref_log_prob[lanes] = 0.0
-            self._token_rewards[lanes], self._outcomes[lanes] = 0.0, ""
+            self._token_rewards[lanes] = 0.0
             self._done[lanes], self._was_reset[lanes] = False, True
         if self._ledger is not None:
             self._start_in_ledger(lanes)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from textenv import Behaviour
-from textenv.sampling import draw, log_prob
+from textenv.sampling import draw, draw_scored, entropy, log_prob
 
 LOGITS = np.array([1.0, -0.5, 2.0, 0.0, -3.0, 1.5, 0.7, -1.0])
 MASK = np.array([True, True, False, True, True, False, True, True])
@@ -157,3 +157,50 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 def test_masks_that_make_no_sense_are_refused(mask: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         shaped({"action_mask": mask})
+
+
+# ---------------------------------------------------------------------- large vocabularies are drawn block by block
+
+
+@pytest.mark.parametrize("size", [700, 1_024, 1_300])
+def test_a_large_vocabulary_is_drawn_as_its_cumulative_distribution_says(size: int) -> None:
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(50, size)) * 3).float()
+    logits[:, rng.integers(size, size=300)] = -torch.inf
+    uniforms = np.concatenate([rng.random(46), [0.0, 1e-12, 1 - 2.0**-24, np.nextafter(1.0, 0.0)]])
+    tokens, scores = draw_scored(logits, uniforms)
+    p = np.exp(logits.double().numpy() - logits.double().logsumexp(-1, keepdim=True).numpy())
+    cdf = p.cumsum(axis=1)
+    at = np.arange(50)
+    assert (p[at, tokens] > 0).all()
+    assert (cdf[at, tokens] >= uniforms - 1e-5).all()  # the cdf passes the uniform at the token drawn,
+    assert (cdf[at, tokens] - p[at, tokens] <= uniforms + 1e-5).all()  # and not before
+    np.testing.assert_allclose(scores, np.log(p[at, tokens]), atol=1e-5)
+
+
+def test_rows_drawn_in_groups_are_drawn_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    logits, uniforms = torch.from_numpy(rng.normal(size=(7, 600))).float(), rng.random(7)
+    whole = draw_scored(logits, uniforms)
+    monkeypatch.setattr("textenv.sampling.DRAW_AT_ONCE", 1_200)
+    for one, other in zip(whole, draw_scored(logits, uniforms), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("settings", BEHAVIOURS.values(), ids=BEHAVIOURS)
+def test_gradients_of_scores_are_the_softmaxs(settings: dict[str, Any]) -> None:
+    p, action = exact(**settings), int(np.argmax(exact(**settings)))
+    raw = torch.from_numpy(LOGITS).float()[None].requires_grad_()
+    (
+        2 * log_prob(Behaviour(**settings).logits(raw, np.zeros((1, 1), np.int64)), torch.tensor([action]))
+    ).sum().backward()
+    expected = 2 * ((np.arange(len(p)) == action) - p) / settings.get("temperature", 1.0)
+    np.testing.assert_allclose(raw.grad[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", BEHAVIOURS.values(), ids=BEHAVIOURS)
+def test_entropy_is_that_of_the_truncated_distribution(settings: dict[str, Any]) -> None:
+    p = exact(**settings)
+    expected = -sum(x * np.log(x) for x in p if x > 0)
+    assert entropy(shaped(settings)).item() == pytest.approx(expected, abs=1e-5)
+    assert entropy(shaped(settings).requires_grad_()).item() == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,168 @@
+"""The written-out pass says what `transformers` says, follows the weights, and refuses what it does not know."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from textenv import LanguageModel
+from textenv.decoder import Decoder, Slots
+from textenv.lm import trunk_states
+
+from ..tiny import VOCAB, tiny_model
+
+KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT-2": ("gpt2", {}),
+    "GPT-2, relu": ("gpt2", {"activation_function": "relu"}),
+    "Llama, grouped heads": ("llama", {}),
+    "Llama, one key head": ("llama", {"num_key_value_heads": 1, "head_dim": 6}),
+    "Llama, every head its keys": ("llama", {"num_key_value_heads": 4}),
+    "Llama, tied, with biases": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "Llama, one layer, other angles": (
+        "llama",
+        {"num_hidden_layers": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    ),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "another family": ("opt", {}),
+    "scaled rotation": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}),
+    "attention scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "another activation": ("gpt2", {"activation_function": "swish"}),
+}
+
+
+@pytest.fixture(params=KNOWN.values(), ids=KNOWN)
+def known(request: pytest.FixtureRequest) -> Any:
+    architecture, overrides = request.param
+    return tiny_model(architecture, **overrides)
+
+
+def plain_states(model: Any, row: np.ndarray) -> torch.Tensor:
+    """Last hidden states of one row by the plain model. Shape: (n, d)."""
+    ids = torch.from_numpy(row[None])
+    return model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state[0]
+
+
+def some_rows(rows: int = 4, width: int = 12) -> np.ndarray:
+    return np.random.default_rng(0).integers(VOCAB, size=(rows, width))
+
+
+def test_whole_rows_and_their_gradients_are_those_of_the_plain_model(known: Any) -> None:
+    decoder = Decoder.of(known.base_model)
+    assert decoder is not None
+    tokens, lengths = some_rows(), np.array([5, 12, 1, 7])
+    ours = decoder.packed(tokens, lengths)
+    twin = copy.deepcopy(known)
+    theirs = torch.cat([plain_states(twin, row[:n]) for row, n in zip(tokens, lengths, strict=True)])
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    weight = torch.randn_like(ours)
+    (ours * weight).sum().backward()
+    (theirs * weight).sum().backward()
+    for (name, p), q in zip(known.base_model.named_parameters(), twin.base_model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-3, rtol=1e-3, msg=name)
+
+
+@torch.no_grad()
+def test_lanes_that_begin_grow_and_share_a_prompt_in_one_pass(known: Any) -> None:
+    decoder = Decoder.of(known.base_model)
+    assert decoder is not None
+    slots, tokens = Slots(decoder.fused(), 4, 12), some_rows()
+    tokens[2, :3] = tokens[0, :3]
+    stop = np.zeros(4, np.int64)
+    # begin (two with one prompt); grow by one; grow by several, while lane 1 begins again; shrinking batch
+    for start, new_stop in (
+        ([0, 0, 0, 0], [3, 1, 3, 5]),
+        ([3, 1, 3, 5], [4, 2, 4, 6]),
+        ([4, 0, 4, 6], [7, 4, 5, 12]),
+        ([7, 4], [8, 5]),
+    ):
+        stop = np.array(new_stop)
+        states = slots.step(tokens[: len(stop)], np.array(start), stop)
+        for row, n, state in zip(tokens, stop, states, strict=False):
+            torch.testing.assert_close(state, plain_states(known, row[:n])[-1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_shared_by_a_group_is_computed_once_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = tiny_model("llama"), []
+    written_out = Decoder.__call__
+
+    def watched(self: Decoder, ids: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(len(ids))
+        return written_out(self, ids, *args)
+
+    alone, together = LanguageModel(model, 12), LanguageModel(model, 12)
+    row = np.array([[3, 4, 5, *[VOCAB] * 9]])
+    once = alone.next_logits(row)
+    monkeypatch.setattr(Decoder, "__call__", watched)
+    shared = together.next_logits(row.repeat(4, axis=0))
+    assert seen == [3]
+    assert torch.equal(shared, shared[:1].expand(4, -1))
+    torch.testing.assert_close(shared[:1], once, atol=1e-5, rtol=1e-5)
+    grown = row.repeat(4, axis=0)
+    grown[:, 3] = [6, 7, 8, 9]  # from here on each goes its way
+    expected = torch.stack([model.lm_head(plain_states(model, observation[:4])[-1]) for observation in grown])
+    torch.testing.assert_close(together.next_logits(grown), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("architecture", "overrides"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_known_goes_through_transformers(architecture: str, overrides: dict[str, Any]) -> None:
+    model = tiny_model(architecture, **overrides)
+    assert Decoder.of(model.base_model) is None
+    tokens, lengths = some_rows(), np.array([5, 12, 1, 7])
+    ours = trunk_states(model.base_model, tokens, lengths, np.arange(4), lengths - 1)
+    theirs = torch.stack([plain_states(model, row[:n])[-1] for row, n in zip(tokens, lengths, strict=True)])
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pass_that_is_not_that_of_the_name_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    plain = type(model.base_model).forward
+    monkeypatch.setattr(type(model.base_model), "forward", lambda self, **kwargs: shifted(plain(self, **kwargs)))
+    assert Decoder.of(model.base_model) is None
+
+
+def shifted(output: Any) -> Any:
+    output.last_hidden_state = output.last_hidden_state + 0.1
+    return output
+
+
+def test_a_layer_that_is_replaced_later_and_a_hook_end_the_written_out_pass() -> None:
+    class Adapter(nn.Linear):  # as an adapter library puts in the place of a layer
+        pass
+
+    trunk = tiny_model("llama").base_model
+    assert Decoder.of(trunk) is not None
+    handle = trunk.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)
+    assert Decoder.of(trunk) is None
+    handle.remove()
+    assert Decoder.of(trunk) is not None
+    old = trunk.layers[0].self_attn.q_proj
+    trunk.layers[0].self_attn.q_proj = Adapter(old.in_features, old.out_features, bias=False)
+    assert Decoder.of(trunk) is None
+
+
+def test_a_packed_head_is_packed_again_after_an_optimiser_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("textenv.lm.PACK_HEAD_FROM", 1)
+    model = tiny_model("llama")
+    lm, rows = LanguageModel(model, 12), np.array([[3, 4, 5, *[VOCAB] * 9], [6, *[VOCAB] * 11]])
+    adam = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    before = lm.next_logits(rows)
+    assert lm._packed_head is not None
+    for _ in range(2):
+        model(torch.tensor([[3, 4, 5]])).logits.logsumexp(-1).sum().backward()
+        adam.step()
+        adam.zero_grad()
+        with torch.no_grad():
+            expected = torch.stack([model.lm_head(plain_states(model, row)[-1]) for row in (rows[0, :3], rows[1, :1])])
+        after = lm.next_logits(rows)
+        torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-4)
+        assert (after - before).abs().max() > 0.1
+        scores = lm.score(rows[:1], np.array([1]), np.array([2]))  # whole episodes read the same head
+        log_p = model(torch.tensor([[3, 4, 5]])).logits[0].log_softmax(-1)
+        np.testing.assert_allclose(scores[0], [log_p[0, 4].item(), log_p[1, 5].item()], atol=1e-4)
