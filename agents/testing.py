@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agents.checks import CHECKS, ExactResult, Failure, Suite, VectorTimeLimit
+from agents.checks import CHECKS, ExactResult, Failure, Suite
 from textenv.prompts import did_you_mean
 
-__all__ = ["CHECKS", "AgentCheck", "AgentCheckError", "ExactResult", "Failure", "VectorTimeLimit", "check_agent"]
+__all__ = ["CHECKS", "AgentCheck", "AgentCheckError", "ExactResult", "Failure", "check_agent"]
 
 GROUP = 4
 """`group_size` for agents that need groups."""

@@ -1,4 +1,4 @@
-"""`TopKActions`: big vocabularies for agents that expect a handful of actions.
+"""`TopKActions`: big vocabularies for agents that expect a handful of actions. `VectorTimeLimit`: episodes that end from outside.
 
     envs = TopKActions(gym.make_vec("textenv/Assistant-v0", num_envs=16, kl="reference"), k=8)
     envs.single_action_space            # Discrete(8): action 0 is the reference's most probable token here, action 1 the next, ...
@@ -17,6 +17,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.error import InvalidAction
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
@@ -181,3 +182,48 @@ class TopKEnv(gym.Wrapper[INTS, np.int64, INTS, np.int64], gym.utils.RecordConst
     def in_tokens(self, policy: PolicyLike) -> InTokens:
         """See `TopKVectorEnv.in_tokens`."""
         return InTokens(policy, self._ranks)
+
+
+class VectorTimeLimit(VectorWrapper[Any, Any, Any]):
+    """Cuts episodes off after so many tokens: `gymnasium.wrappers.TimeLimit` for SAME_STEP vector environments.
+
+    A token budget belongs to the task (`max_new_tokens`), and reaching it is an end; this is an end from outside, which the
+    observation does not show, so it is `truncated`, and whoever values states has to bootstrap there.
+
+    Args:
+        env: A vector environment that resets lanes in the step that ends them.
+        limit: Tokens.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], limit: int) -> None:
+        super().__init__(env)
+        if limit < 1:
+            raise ValueError(f"Expected limit >= 1, got {limit}.")
+        if env.metadata["autoreset_mode"] is not AutoresetMode.SAME_STEP:
+            raise ValueError(f"Expected an environment in SAME_STEP mode, got {env.metadata['autoreset_mode']}.")
+        self.limit = limit
+        self._elapsed = np.zeros(env.num_envs, np.int64)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin new episodes."""
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        self._elapsed[mask] = 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Step, and reset the lanes whose time is up."""
+        observations, rewards, terminations, truncations, info = self.env.step(actions)
+        self._elapsed += 1
+        cut = (self._elapsed >= self.limit) & ~terminations & ~truncations
+        self._elapsed[cut | terminations | truncations] = 0
+        if cut.any():
+            final = info.get("final_obs", np.full(self.num_envs, None, object))
+            for lane in np.flatnonzero(cut):
+                final[lane] = observations[lane].copy()
+            observations, begun = self.env.reset(options={"reset_mask": cut})
+            info |= {"final_obs": final, "_final_obs": cut | terminations | truncations}
+            for name, values in begun.items():  # of both kinds of lanes that begin anew
+                if not name.startswith("_"):
+                    info[name] = np.where(begun[f"_{name}"], values, info.get(name, np.zeros_like(values)))
+                    info[f"_{name}"] = begun[f"_{name}"] | info.get(f"_{name}", False)
+        return observations, rewards, terminations, truncations | cut, info

@@ -15,7 +15,7 @@ from agents.best_of_n import BestOfN
 from agents.expert_iteration import ExpertIteration
 from agents.ilql import ILQL
 from agents.online_dpo import OnlineDPO
-from agents.testing import CHECKS, AgentCheckError, VectorTimeLimit, check_agent
+from agents.testing import CHECKS, AgentCheckError, check_agent
 
 QUICK = {"episodes_per_update": 64, "minibatch_episodes": 32}
 
@@ -250,33 +250,3 @@ def test_a_missing_verb_is_named():
 def test_an_unknown_check_is_an_error():
     with pytest.raises(ValueError, match=r"'seed'.*Did you mean"):
         check_agent(PPO, skip=["seed"])
-
-
-# ---------------------------------------------------------------------- the wrapper
-
-
-def test_time_limit_cuts_and_leaves_what_ends_alone():
-    env = gym.make_vec("textenv/Tree-v0", num_envs=4, vocab_size=3, horizon=5, beta=0.0)
-    limited = VectorTimeLimit(env, 2)
-    observations, _ = limited.reset(seed=0)
-    m = int((observations[0] != 3).sum())
-    actions = [np.array([0, 1, 2, 1]), np.array([1, 0, 1, 2]), np.array([1, 1, 0, 1])]
-    observations, _, terminated, truncated, info = limited.step(actions[0])
-    assert (terminated.tolist(), truncated.tolist()) == ([True, False, False, False], [False] * 4)
-    observations, rewards, terminated, truncated, info = limited.step(actions[1])
-    assert (terminated.tolist(), truncated.tolist()) == ([False, True, False, False], [False, False, True, True])
-    assert info["_final_obs"].tolist() == [False, True, True, True]
-    assert info["final_obs"][2][: m + 3].tolist()[m:] == [2, 1, 3]
-    assert (observations != 3).sum(axis=1).tolist() == [m + 1, m, m, m]
-    assert info["_prompt_id"].tolist() == [False, True, True, True]
-    assert rewards[2] == rewards[3] == 0
-    _, _, terminated, truncated, _ = limited.step(actions[2])
-    assert (terminated.tolist(), truncated.tolist()) == ([False, False, True, False], [True, False, False, False])
-
-
-def test_time_limit_refuses_what_it_cannot_do():
-    env = gym.make_vec("textenv/Tree-v0", num_envs=2, autoreset_mode="NEXT_STEP")
-    with pytest.raises(ValueError, match="SAME_STEP"):
-        VectorTimeLimit(env, 2)
-    with pytest.raises(ValueError, match="limit >= 1"):
-        VectorTimeLimit(gym.make_vec("textenv/Tree-v0", num_envs=2), 0)

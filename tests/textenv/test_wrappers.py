@@ -14,7 +14,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import textenv  # noqa: F401  # registers the ids
 from textenv.testing import check_text_env
-from textenv.wrappers import TopKActions
+from textenv.wrappers import TopKActions, VectorTimeLimit
 
 V, T, K = 4, 3, 2
 TREE = "textenv/Tree-v0"
@@ -170,3 +170,33 @@ def test_a_wrong_k_is_refused(k: Any) -> None:
 def test_an_environment_of_another_library_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected a textenv environment"):
         TopKActions(gym.make("CartPole-v1"), K)
+
+
+# ---------------------------------------------------------------------- the time limit
+
+
+def test_time_limit_cuts_and_leaves_what_ends_alone() -> None:
+    env = gym.make_vec("textenv/Tree-v0", num_envs=4, vocab_size=3, horizon=5, beta=0.0)
+    limited = VectorTimeLimit(env, 2)
+    observations, _ = limited.reset(seed=0)
+    m = int((observations[0] != 3).sum())
+    actions = [np.array([0, 1, 2, 1]), np.array([1, 0, 1, 2]), np.array([1, 1, 0, 1])]
+    observations, _, terminated, truncated, info = limited.step(actions[0])
+    assert (terminated.tolist(), truncated.tolist()) == ([True, False, False, False], [False] * 4)
+    observations, rewards, terminated, truncated, info = limited.step(actions[1])
+    assert (terminated.tolist(), truncated.tolist()) == ([False, True, False, False], [False, False, True, True])
+    assert info["_final_obs"].tolist() == [False, True, True, True]
+    assert info["final_obs"][2][: m + 3].tolist()[m:] == [2, 1, 3]
+    assert (observations != 3).sum(axis=1).tolist() == [m + 1, m, m, m]
+    assert info["_prompt_id"].tolist() == [False, True, True, True]
+    assert rewards[2] == rewards[3] == 0
+    _, _, terminated, truncated, _ = limited.step(actions[2])
+    assert (terminated.tolist(), truncated.tolist()) == ([False, False, True, False], [True, False, False, False])
+
+
+def test_time_limit_refuses_what_it_cannot_do() -> None:
+    env = gym.make_vec("textenv/Tree-v0", num_envs=2, autoreset_mode="NEXT_STEP")
+    with pytest.raises(ValueError, match="SAME_STEP"):
+        VectorTimeLimit(env, 2)
+    with pytest.raises(ValueError, match="limit >= 1"):
+        VectorTimeLimit(gym.make_vec("textenv/Tree-v0", num_envs=2), 0)
