@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +17,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.logger import CSVOutputFormat, Logger, configure
 
 from agents.advantages import KL_ESTIMATORS
+from agents.checkpoints import (
+    AGENT_FILE,
+    CRITIC_FILE,
+    POLICY_DIR,
+    TRAINER_FILE,
+    CheckpointError,
+    as_arrays,
+    as_tensors,
+    check_tensors,
+    put_in_place,
+    read_about,
+    read_tensors,
+    unshared,
+)
 from agents.policy import Policy
 from agents.rollout import StopTraining, run_prompts
 from textenv.env import TextVectorEnv
@@ -34,8 +47,6 @@ MaybeCallback: TypeAlias = Callable[[dict[str, Any], dict[str, Any]], bool] | Ba
 
 ACCOUNTS = ("gradient_tokens", "optimizer_steps", "reward_calls", "reference_calls", "reference_tokens")
 """What every agent counts, beside environment tokens and seconds (docs/logged-figures.md)."""
-
-AGENT_FILE, TRAINER_FILE, POLICY_DIR, CRITIC_FILE = "agent.json", "trainer.pt", "policy", "critic.safetensors"
 
 
 @runtime_checkable
@@ -55,10 +66,6 @@ class Agent(Protocol):
     def save(self, path: Any) -> None:
         """Write a checkpoint."""
         ...
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of something else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,14 +331,14 @@ class LanguageModelAgent:
             tensors = {
                 f"{name}.{key}": value.contiguous()
                 for name, module in self.trained_modules().items()
-                for key, value in _unshared(module.state_dict()).items()
+                for key, value in unshared(module.state_dict()).items()
             }
             if tensors:
                 save_file(tensors, scratch / CRITIC_FILE)
             progress = self._before_rollout or self._progress()
             optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers().items()}
             torch.save(
-                {"optimizers": optimizers, **progress, "env": _as_tensors(progress["env"])}, scratch / TRAINER_FILE
+                {"optimizers": optimizers, **progress, "env": as_tensors(progress["env"])}, scratch / TRAINER_FILE
             )
             about = {
                 "agent": type(self).__name__,
@@ -344,7 +351,7 @@ class LanguageModelAgent:
                 "history": self.history,
             }
             (scratch / AGENT_FILE).write_text(json.dumps(about, indent=1))
-            _put_in_place(scratch, path)
+            put_in_place(scratch, path)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -390,18 +397,18 @@ class LanguageModelAgent:
 
     def _load_tensors(self, path: Path) -> None:
         policy_file = path / POLICY_DIR / "model.safetensors"
-        stored, expected = _read_tensors(policy_file), self.policy.model.state_dict()
-        tied = set(expected) - set(_unshared(expected))  # stored once, under one of their names
-        _check_tensors(stored, expected, policy_file, optional=tied)
+        stored, expected = read_tensors(policy_file), self.policy.model.state_dict()
+        tied = set(expected) - set(unshared(expected))  # stored once, under one of their names
+        check_tensors(stored, expected, policy_file, optional=tied)
         self.policy.model.load_state_dict(stored, strict=False)
         modules = self.trained_modules()
         if modules:
-            stored = _read_tensors(path / CRITIC_FILE)
+            stored = read_tensors(path / CRITIC_FILE)
             for name, module in modules.items():
                 part = {key.removeprefix(f"{name}."): t for key, t in stored.items() if key.startswith(f"{name}.")}
                 expected = module.state_dict()
-                tied = set(expected) - set(_unshared(expected))
-                _check_tensors(part, expected, path / CRITIC_FILE, optional=tied)
+                tied = set(expected) - set(unshared(expected))
+                check_tensors(part, expected, path / CRITIC_FILE, optional=tied)
                 module.load_state_dict(part, strict=False)
         self.policy.invalidate()
 
@@ -428,7 +435,7 @@ class LanguageModelAgent:
         self.num_timesteps, self._target_timesteps = state["num_timesteps"], state["target_timesteps"]
         self._seconds, self._reward_seconds = state["seconds"], state.get("reward_seconds", 0.0)
         self.accounts = dict.fromkeys(ACCOUNTS, 0) | state["accounts"]
-        env_state = _as_arrays(state["env"])
+        env_state = as_arrays(state["env"])
         if env_state["arrays"]["_tokens"].shape == (self.lanes.num_envs, self.lanes.max_tokens):
             self.lanes.set_state(env_state)
 
@@ -591,27 +598,6 @@ def make_config(agent: type[LanguageModelAgent], config: AgentConfig | None, ove
     return replace(config, **overrides)
 
 
-def read_about(path: str | Path) -> dict[str, Any]:
-    """`agent.json` of a checkpoint.
-
-    Raises:
-        CheckpointError: There is none, or it cannot be read.
-    """
-    file = Path(path) / AGENT_FILE
-    if not file.is_file():
-        raise CheckpointError(
-            f"No checkpoint at {path}: expected a directory with {AGENT_FILE}, as agent.save(path) writes it."
-        )
-    try:
-        about = json.loads(file.read_text())
-        _ = about["agent"], about["config"], about["seed"], about["history"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} is damaged ({type(error).__name__}: {error}): expected JSON with agent, config, seed and history. Take another checkpoint."
-        ) from error
-    return dict(about)
-
-
 def _checked_env(env: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
     if isinstance(env, gym.Env):
         raise ValueError(
@@ -650,81 +636,13 @@ def _formats(log_dir: str | Path | None, verbose: int) -> list[str]:
     return formats
 
 
-def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without names that share the memory of an earlier one (tied weights are stored once)."""
-    seen: set[int] = set()
-    return {name: t for name, t in state.items() if t.data_ptr() not in seen and not seen.add(t.data_ptr())}  # type: ignore[func-returns-value]
-
-
-def _put_in_place(scratch: Path, path: Path) -> None:
-    """Rename a finished directory to `path`; what stood there goes only when its successor is in place."""
-    old = scratch.with_name(f"{scratch.name}-old")
-    if path.exists():
-        os.replace(path, old)
-    try:
-        os.replace(scratch, path)
-    except BaseException:  # Ctrl-C too
-        if old.exists():
-            os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return dict(load_file(file))
-    except Exception as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({type(error).__name__}: {error}): it is missing, truncated or damaged; expected tensors as save writes "
-            "them. Take another checkpoint."
-        ) from error
-
-
-def _check_tensors(
-    stored: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], file: Path, optional: Container[str] = ()
-) -> None:
-    def shape(tensors: dict[str, torch.Tensor], name: str) -> str:
-        return f"of shape {tuple(tensors[name].shape)}" if name in tensors else "missing"
-
-    for name in dict.fromkeys([*expected, *stored]):
-        if shape(stored, name) != shape(expected, name) and not (name in optional and name not in stored):
-            raise CheckpointError(
-                f"{file} is of another model: expected {name} {shape(expected, name)}, found it {shape(stored, name)}. Make the environment "
-                "with the model that the checkpoint was trained from."
-            )
-
-
-def _as_tensors(value: Any) -> Any:
-    """Arrays as tensors, which `weights_only` loading admits."""
-    if isinstance(value, np.ndarray):
-        return {"__array__": torch.from_numpy(value.copy())}
-    if isinstance(value, dict):
-        return {name: _as_tensors(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_tensors(item) for item in value]
-    return value
-
-
-def _as_arrays(value: Any) -> Any:
-    """The way back."""
-    if isinstance(value, dict):
-        return (
-            value["__array__"].numpy()
-            if "__array__" in value
-            else {name: _as_arrays(item) for name, item in value.items()}
-        )
-    return [_as_arrays(item) for item in value] if isinstance(value, list) else value
-
-
 __all__ = [
     "Agent",
     "AgentConfig",
-    "CheckpointError",
     "LanguageModelAgent",
     "Learning",
     "check_choice",
     "check_groups",
     "check_kl_settings",
     "make_config",
-    "read_about",
 ]

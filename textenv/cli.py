@@ -674,7 +674,7 @@ def _as_flags(message: str) -> str:
 
 def load_run(path: Path, options: Any, num_envs: int) -> tuple[Any, Any]:
     """The agent of a run directory (or of a bare checkpoint) and an environment for it."""
-    from agents.base import read_about
+    from agents.checkpoints import read_about
 
     path = run_directory(path)
     run = read_run(path)
