@@ -12,12 +12,17 @@ DAPO, Yu et al. (2025), https://arxiv.org/abs/2503.14476; GSPO, Zheng et al. (20
     dapo        0.2 .. 0.28     tokens      yes       tokens of the batch      none             dynamic sampling, overlong penalty
     gspo        3e-4 .. 4e-4    completion  yes       tokens, completions      none
 
-What they climb, on policy: `dr_grpo` the objective E[r] - beta KL, times (G - 1) / (G T): it is RLOO up to that factor. Dividing by the
-standard deviation weighs prompts by how sure their outcome is, and of the returns keeps hardly more than their order (with G = 2
-nothing else: it climbs the probability of beating oneself). A mean over a completion's tokens favours short good and long bad
-completions. k3 in the loss pulls along the forward KL of the visited states. None of these has the optimum of E[r] - beta KL as
-its fixed point. Differences from the papers: 1) `dr_grpo` has the KL in the reward, where the paper has none (`beta` = 0 gives the
-paper's) 2) dynamic sampling gives up after `sampling_rounds` rollouts 3) with the KL in the reward, R includes it.
+What they climb, on policy: `dr_grpo` the objective E[r] - beta KL, times (G - 1) / (G T): it is RLOO up to that factor. The others have
+other fixed points. Dividing by the standard deviation weighs prompts by how sure their outcome is, and leaves nothing of the scale of
+rewards (with G = 2 nothing but their order: it climbs the probability of beating oneself). A mean over a completion's tokens favours
+short good and long bad completions. k3 in the loss pulls along the forward KL of the visited states: `grpo` rests where about
+
+    pi(a|s) = pi_ref(a|s) / (1 - (A(s, a) - A(s)) / beta),  A(s, a) = E[A_i | s, a],  A(s) = E[A_i | s]
+
+(`benchmarks/fixed_points.py` has it exactly; the optimum has exp((Q* - V*) / beta) in its place). Without a KL nothing holds `dapo`
+and `gspo` at any distance from the reference. Differences from the papers: 1) `dr_grpo` has the KL in the reward, where the paper has
+none (`beta` = 0 gives the paper's) 2) dynamic sampling gives up after `sampling_rounds` rollouts, and asks whether all that is paid is
+equal, overlong penalty included, where DAPO asks whether all answers are right or all wrong 3) with the KL in the reward, R includes it.
 
 Run: textenv train GRPO textenv/Arithmetic-v0 --seed 0 --env-arg group_size=8
 """
