@@ -34,17 +34,17 @@ class PreferenceArguments:
     """Where the reward model and figures.json go."""
     seed: int = 0
     """Of the reward model's weights and order."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Adam's, at the start."""
     epochs: int = 1
     """Passes over the training pairs."""
-    vocabulary: int = 4096
+    vocabulary: int = 2048
     """Tokens of the byte-pair encoding, learnt from the training pairs."""
-    width: int = 64
+    width: int = 32
     """Of the model: one layer, Llama's."""
-    prompt_tokens: int = 24
+    prompt_tokens: int = 16
     """The end of the dialogue that the model reads."""
-    answer_tokens: int = 128
+    answer_tokens: int = 64
     """The beginning of an answer that the model reads."""
     threads: int = 1
     """CPU threads of torch."""
@@ -136,15 +136,16 @@ def reward_model(parts: dict[str, Pairs], options: PreferenceArguments) -> list[
     started = time.process_time()
     tokenizer = byte_pairs((row[side] for row in parts["train"] for side in ("prompt", "chosen", "rejected")), options)
 
-    def shortened(row: dict[str, Any]) -> dict[str, Any]:
-        def cut(part: str, length: int) -> str:
-            ids = tokenizer(part)["input_ids"]
-            return str(tokenizer.decode(ids[-length:] if part is row["prompt"] else ids[:length]))
+    def shortened(rows: Pairs) -> Pairs:
+        kept = {"prompt": slice(-options.prompt_tokens, None)}
+        kept |= dict.fromkeys(("chosen", "rejected"), slice(options.answer_tokens))
+        columns = {
+            name: tokenizer.batch_decode([ids[part] for ids in tokenizer([row[name] for row in rows])["input_ids"]])
+            for name, part in kept.items()
+        }
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-        answers = {side: cut(row[side], options.answer_tokens) for side in ("chosen", "rejected")}
-        return {"prompt": cut(row["prompt"], options.prompt_tokens), **answers}
-
-    short = {name: [shortened(row) for row in part] for name, part in parts.items()}
+    short = {name: shortened(part) for name, part in parts.items()}
     torch.manual_seed(options.seed)
     start = LlamaForCausalLM(
         LlamaConfig(
@@ -172,6 +173,7 @@ def reward_model(parts: dict[str, Pairs], options: PreferenceArguments) -> list[
         validation=None,
         epochs=options.epochs,
         learning_rate=options.learning_rate,
+        batch_prompts=32,
         seed=options.seed,
         progress=progress,
     )
