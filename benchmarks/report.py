@@ -10,6 +10,7 @@ import base64
 import html
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,7 @@ ENOUGH_SEEDS = 10
 FAR = 6.0
 """Agents whose KL is so many times the median of all are named, not drawn, beside a frontier."""
 COLOURS = (
-    "#1f6f8b", "#d1495b", "#3a7d44", "#e08e45", "#6a4c93", "#8c564b", "#c2559d", "#5b8c5a", "#117a9c", "#a3721c", "#4d4d4d",
+    "#1f6f8b", "#d1495b", "#3a7d44", "#e08e45", "#6a4c93", "#8c564b", "#c2559d", "#5b8c5a", "#2ec4b6", "#a3721c", "#4d4d4d",
     "#9b2226", "#7a8b99",
 )  # fmt: skip
 
@@ -57,8 +58,10 @@ class Results:
 
     @cached_property
     def tasks(self) -> list[str]:
-        """Those that have rows."""
-        return list(dict.fromkeys(row["task"] for row in self.rows))
+        """Likewise."""
+        present = {row["task"] for row in self.rows}
+        known = [task for task in self.manifest["tasks"] if task in present]
+        return known + sorted(present - set(known))
 
     @property
     def headline(self) -> str:
@@ -299,7 +302,8 @@ def print_tables(figures: Sequence[Figures], console: Any) -> None:
         for i, name in enumerate(part.header):
             table.add_column(escape(name), justify="right" if i else "left", no_wrap=i == 0)
         for row in part.rows:
-            table.add_row(*[escape(cell.replace(" / ", "/").replace(" to ", "..")) for cell in row])
+            narrow = [re.sub(r"(?<!\d)0\.(?=.*/)", ".", cell) for cell in row[1:]]  # within 80 columns
+            table.add_row(*[escape(cell.replace(" / ", "/").replace(" to ", "..")) for cell in (row[0], *narrow)])
         console.print(table)
         console.print()
 
@@ -524,7 +528,7 @@ def draw_frontier(results: Results) -> list[Picture]:
     caption = (
         "Reward against what it costs in KL; up and left is better. "
         + ("Medians and quartiles over seeds, each task scaled so that its reference lies at (0, 0) and its optimum at (1, 1); "
-           "the line is the median over tasks of the exact frontier. " if known else "Means with Student's 95% intervals over seeds. ")
+           "the line is the median over tasks of the exact frontier (every run lies below its own task's). " if known else "Means with Student's 95% intervals over seeds. ")
         + "".join(f"{agent} lies outside, at {value:.3g}. " for agent, value in far.items())
         + ("The KL of BestOfN is a bound. " if any(best_of_n(results, agent) for agent in results.agents) else "")
         + f"Made by {results.made_by}."

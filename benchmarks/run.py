@@ -587,6 +587,7 @@ def claim(
     kept = ("title", "headline", "bounded", "frontier", "columns", "lower_is_better")
     agents = before.get("agents", {}) | {key: {"follows_j": preset.follows_j} for key, preset in suite.agents.items()}
     about = {key: getattr(suite, key) for key in kept}
+    about["tasks"] = list(dict.fromkeys([*before.get("tasks", []), *suite.tasks]))
     write_json(manifest, {"suite": name} | about | {"agents": agents, "commands": commands})
 
 

@@ -170,7 +170,7 @@ def coverage(
     tasks: int = 1,
     statistic: Callable[..., Any] = iqm,
     confidence: float = 0.95,
-    trials: int = 2_000,
+    trials: int = 1_000,
     repetitions: int = 1_000,
     seed: int = 0,
 ) -> float:

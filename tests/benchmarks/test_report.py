@@ -16,7 +16,7 @@ def write_rows(out, scores=SCORES, failing=(), exact=False, bounded="score", sam
     (out / "rows").mkdir(parents=True)
     manifest = {
         "suite": "own", "title": "A title", "headline": "score", "bounded": bounded, "frontier": ["reward"],
-        "columns": ["reward", "kl"], "lower_is_better": [], "commands": ["textenv bench own"],
+        "columns": ["reward", "kl"], "lower_is_better": [], "tasks": ["a", "b"], "commands": ["textenv bench own"],
         "agents": {name: {"follows_j": name != "plain"} for name in scores},
     }  # fmt: skip
     (out / "suite.json").write_text(json.dumps(manifest))
