@@ -35,7 +35,7 @@ from agents.policy import Policy
 from textenv.env import TextVectorEnv
 from textenv.kl import PolicyLike
 from textenv.lm import LanguageModel
-from textenv.sampling import FORBIDDEN, Behaviour, draw, log_prob
+from textenv.sampling import FORBIDDEN, Behaviour, draw_scored, entropy, log_prob
 
 INTS = NDArray[np.int64]
 Masks = NDArray[np.bool_] | torch.Tensor | None
@@ -164,7 +164,7 @@ class TextVecEnv(VecEnv):
         for lane in range(self.num_envs):
             info = _of_lane(infos, lane)
             if dones[lane]:
-                terminal, final = info.pop("final_obs"), info.pop("final_info")
+                terminal, final = info.pop("final_obs"), info.pop("final_info", {})  # cut by a wrapper, none
                 self.reset_infos[lane], info = info, final
                 info["terminal_observation"] = terminal
                 info["episode"] = {
@@ -356,10 +356,11 @@ class LMPolicy(ActorCriticPolicy):
 
     def _act(self, observations: INTS, deterministic: bool, action_masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
         logits = _masked(self.writer.next_logits(observations), action_masks)
-        # Uniforms from torch's generator, which model.set_random_seed seeds.
-        uniforms = torch.rand(len(observations), dtype=torch.float64).numpy()
-        actions = logits.argmax(dim=-1) if deterministic else draw(logits, uniforms)
-        log_probs = log_prob(logits, actions)
+        if deterministic:
+            actions = logits.argmax(dim=-1)
+            log_probs = log_prob(logits, actions)
+        else:  # uniforms from torch's generator, which model.set_random_seed seeds
+            actions, log_probs = draw_scored(logits, torch.rand(len(observations), dtype=torch.float64).numpy())
         self.writer.remember(observations, actions.cpu().numpy(), log_probs.double().cpu().numpy())
         return actions, log_probs
 
@@ -406,9 +407,7 @@ class LMPolicy(ActorCriticPolicy):
             Values (B, 1), log-probabilities (B,), entropies (B,), both in nats.
         """
         hidden, logits = self._encode(obs, action_masks)
-        log_p = logits.log_softmax(dim=-1)
-        entropy = -(log_p.exp() * log_p.clamp(min=FAR_BELOW)).sum(dim=-1)
-        return self.value_net(hidden.float()), log_prob(logits, actions.long()), entropy
+        return self.value_net(hidden.float()), log_prob(logits, actions.long()), entropy(logits)
 
     def get_distribution(self, obs: torch.Tensor, action_masks: Masks = None) -> Distribution:
         """The distribution over tokens. Differentiable twice, as TRPO needs it, which the fused attention kernels are not."""

@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 import textenv  # noqa: F401  # registers the ids
 from agents.sb3 import LMPolicy, TextSpace, TokenEmbedding, as_policy, as_vec_env
-from textenv.wrappers import TopKActions
+from textenv.wrappers import TopKActions, VectorTimeLimit
 
 from ..textenv.letters import BUDGET, ROWS, letters_reward
 from ..textenv.reference_env import plain_log_prob
@@ -96,6 +96,40 @@ def test_the_adapter_is_the_native_environment_transition_by_transition(letters:
             assert theirs.reset_infos[lane]["prompt_id"] == info["prompt_id"][lane]
             returns[lane], lengths[lane], episodes = 0, 0, episodes + 1
     assert episodes > 10
+
+
+def test_an_episode_that_a_wrapper_cuts_is_bootstrapped_from_its_last_state(letters: Any) -> None:
+    env = as_vec_env(VectorTimeLimit(letters(beta=0.0), 2))
+    env.reset()
+    before, *_ = env.step(np.full(3, EOS + 2))
+    after, _, dones, infos = env.step(np.array([EOS + 2, EOS + 3, EOS]))
+    assert dones.all()
+    assert [info["TimeLimit.truncated"] for info in infos] == [True, True, False]
+    for lane, token in enumerate((EOS + 2, EOS + 3, EOS)):
+        terminal, place = infos[lane]["terminal_observation"], (before[lane] != VOCAB).sum()
+        assert terminal[place] == token
+        np.testing.assert_array_equal(terminal[:place], before[lane][:place])
+        assert infos[lane]["episode"]["l"] == 2
+        assert ("task_reward" in infos[lane]) == (token == EOS)
+    assert (after[:, 0] != VOCAB).all()
+
+    class Certain(LMPolicy):
+        """Values every state at 7."""
+
+        def _build(self, lr_schedule: Any) -> None:
+            super()._build(lr_schedule)
+            torch.nn.init.constant_(self.value_net.bias, 7.0)
+
+    model = learner(PPO, as_vec_env(VectorTimeLimit(letters(beta=0.0), 1)), Certain)
+    watch = Watch()
+    watch.init_callback(model)
+    model._setup_learn(1, watch)
+    watch.on_training_start({}, {})
+    model.collect_rollouts(model.env, watch, model.rollout_buffer, 8)
+    kinds = {info["TimeLimit.truncated"] for _, info in watch.ended}
+    assert True in kinds
+    rewards = model.rollout_buffer.rewards
+    assert (rewards == 7.0).sum() == sum(info["TimeLimit.truncated"] for _, info in watch.ended)
 
 
 def test_what_is_returned_is_the_callers(letters: Any) -> None:
