@@ -157,7 +157,8 @@ def rollout(envs: Any, policy: Policy, episodes: int, rng: np.random.Generator) 
 
 def rollouts(bench: Bench, shape: Shape, lanes: int, stops: bool, name: str) -> list[Row]:
     """The Gym loop in both lanes against `generate`."""
-    budget, episodes = rollout_budget(bench.size, lanes), rollout_episodes(lanes, stops)
+    large = shape.name == bench.size.large
+    budget, episodes = rollout_budget(bench.size, lanes), rollout_episodes(lanes, stops, waves=2 if large else 4)
     model = build_model(shape, budget / 3 if stops else None, budget, bench.dtype)
     tokenizer, prompts = build_tokenizer(shape.vocab_size), build_prompts(shape.vocab_size, episodes)
     envs = make_envs(model, tokenizer, prompts, lanes=lanes, budget=budget)
@@ -178,7 +179,7 @@ def rollouts(bench: Bench, shape: Shape, lanes: int, stops: bool, name: str) -> 
         ),
     ]
     sides = bench.settle(sides, "rollout", shape.name, str(lanes))
-    runs = interleave(sides, min(3, bench.size.repeats) if shape.name == bench.size.large else bench.size.repeats)
+    runs = interleave(sides, min(3, bench.size.repeats) if large else bench.size.repeats)
     check_same_work(runs, budget, episodes, stops)
     return [compare(f"{name}/{lane}", sides, runs, lane, "generate") for lane in ("deferred", "step")]
 
@@ -186,7 +187,7 @@ def rollouts(bench: Bench, shape: Shape, lanes: int, stops: bool, name: str) -> 
 def lanes(bench: Bench, shape: Shape, name: str) -> list[Row]:
     """Reward and KL paid at each step, against both settled at the end."""
     n, budget = bench.size.lanes[len(bench.size.lanes) // 2], bench.size.budget
-    episodes = 4 * n
+    episodes = 2 * n
     model, tokenizer = build_model(shape, budget / 3, budget, bench.dtype), build_tokenizer(shape.vocab_size)
     prompts = build_prompts(shape.vocab_size, episodes)
     envs = make_envs(model, tokenizer, prompts, lanes=n, budget=budget, beta=BETA)
@@ -376,9 +377,9 @@ def prefix_rows(agent: PPO, data: Episodes) -> peers.Rows:
     )
 
 
-def updates(bench: Bench, shape: Shape, name: str) -> list[Row]:
+def updates(bench: Bench, shape: Shape, episodes: int, name: str) -> list[Row]:
     """One PPO update: whole responses in one pass, against one row per (prefix, token)."""
-    episodes, budget = bench.size.update, bench.size.iteration[1]
+    budget = bench.size.iteration[1]
     model, tokenizer = build_model(shape, None, budget), build_tokenizer(shape.vocab_size)
     texts = build_prompts(shape.vocab_size, episodes)
 
@@ -412,7 +413,7 @@ def updates(bench: Bench, shape: Shape, name: str) -> list[Row]:
     sides.append(Side("prefix rows", lambda: row_by_row(micro_batch), lambda: 0, threads))
     if shape.name == bench.size.shapes[0]:  # as slow as the prefix rows: the small model is enough
         sb3 = peers.sb3_update(envs(), budget, minibatches=2, learning_rate=LEARNING_RATE)
-        sides += bench.settle([Side("stable-baselines3", sb3, sb3)], "update", shape.name)
+        sides.append(Side("stable-baselines3", sb3, sb3, threads))  # the same work as the prefix rows
     runs = interleave(sides, bench.size.repeats)
     check_same_work(runs, budget, episodes, stops=False)
     notes = f"{name}: the micro-batch of the rows is {micro_batch}"
@@ -575,8 +576,8 @@ def parts(size: Size) -> list[Part]:
                 name = f"{algorithm}-{short(shape)}-{'self' if stops else 'fixed'}"
                 part(name, "iteration", iterations, shape, algorithm, stops)
     part(f"memory-{short(shapes[-1])}", "memory", memory, shapes[-1])
-    for shape in shapes:
-        part(f"update-{short(shape)}", "update", updates, shape)
+    for shape, episodes in zip(shapes, size.update, strict=True):
+        part(f"update-{short(shape)}", "update", updates, shape, episodes)
     for shape in shapes:
         part(f"floor-{short(shape)}", "floor", floors, shape)
     out.append(Part("env", "env", stub_env))

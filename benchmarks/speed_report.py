@@ -185,6 +185,8 @@ def make_tables(report: Mapping[str, Any], size: Size, beta: float, group_size: 
     waves = ", ".join(
         f"{rollout_episodes(n, True)} episodes in {n} lanes with a cap of {rollout_budget(size, n)}" for n in size.lanes
     )
+    n = size.lanes[len(size.lanes) // 2]
+    large = f"; {size.large}: half as many, three rounds" if size.large else ""
     episodes, budget = size.iteration
     count = report["machine"]["cores"]
     trl = f"{'two CPU cores' if count == 2 else f'CPU cores: {count}'}, Transformers generation, no vLLM"
@@ -192,12 +194,12 @@ def make_tables(report: Mapping[str, Any], size: Size, beta: float, group_size: 
         "rollout": (
             "Writing: the Gym loop against generate",
             f"{models}; random weights, {report['dtype']} on both sides. {tokens}, constant reward, beta 0. Every response at the cap (fixed: "
-            f"one wave), or stopping by itself at a mean of a third of it (self), to the end of the last one, settlement included: {waves}. "
+            f"one wave), or stopping by itself at a mean of a third of it (self), to the end of the last one, settlement included: {waves}{large}. "
             "Tokens after a stop do not count.",
         ),
         "lanes": (
             "Step lane against deferred lane",
-            f"Reward and KL (beta {beta}) paid at each step, or settled at the end; responses stop by themselves.",
+            f"Reward and KL (beta {beta}) paid at each step, or settled at the end. {2 * n} episodes in {n} lanes, which stop by themselves.",
         ),
         "iteration": (
             f"One iteration, rollout to optimiser step, against TRL ({trl})",
@@ -210,7 +212,7 @@ def make_tables(report: Mapping[str, Any], size: Size, beta: float, group_size: 
         ),
         "update": (
             "One PPO update against one row per (prefix, token)",
-            f"{size.update} episodes of {budget} tokens, one epoch, two optimiser steps, the same losses; of a row's logits only the last.",
+            f"{' and '.join(map(str, size.update))} episodes of {budget} tokens, one epoch, two optimiser steps, the same losses; of a row's logits only the last.",
         ),
         "floor": (
             "A whole PPO iteration against its matrix work",

@@ -76,8 +76,8 @@ class Size:
     """Response tokens of the rollouts at most."""
     iteration: tuple[int, int]
     """Episodes and response tokens of an RLOO, GRPO or PPO iteration."""
-    update: int
-    """Episodes of the PPO update against prefix rows."""
+    update: tuple[int, ...]
+    """Episodes of the PPO update against prefix rows, per model."""
     repeats: int
     """Rounds."""
     env_lanes: tuple[int, ...]
@@ -95,7 +95,7 @@ SIZES = {
         lanes=(16, 64, 256),
         budget=64,
         iteration=(64, 48),
-        update=16,
+        update=(16, 8),
         repeats=5,
         env_lanes=(1, 4, 16, 64, 256, 1024),
         growth={
@@ -112,7 +112,7 @@ SIZES = {
         lanes=(4,),
         budget=9,
         iteration=(8, 6),
-        update=4,
+        update=(4,),
         repeats=2,
         env_lanes=(1, 4),
         growth={"lanes": (1, 2), "vocabulary": (64, 128), "length": (4, 8), "width": (16, 32)},
@@ -121,9 +121,9 @@ SIZES = {
 }
 
 
-def rollout_episodes(lanes: int, stops: bool) -> int:
-    """Responses that stop by themselves: four waves, 256 at most but at least one; of a fixed length: one wave."""
-    return max(lanes, min(4 * lanes, 256)) if stops else lanes
+def rollout_episodes(lanes: int, stops: bool, waves: int = 4) -> int:
+    """Responses that stop by themselves: several waves, 256 at most but at least one wave; of a fixed length: one wave."""
+    return max(lanes, min(waves * lanes, 256)) if stops else lanes
 
 
 def rollout_budget(size: Size, lanes: int) -> int:
