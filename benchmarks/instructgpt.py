@@ -70,12 +70,12 @@ class Size:
     hidden_size: int = 128
 
 
-_PRETRAINING = PretrainingConfig(steps=3000, learning_rate=3e-3, matrix_learning_rate=5e-3)
+_PRETRAINING = PretrainingConfig(steps=4000, learning_rate=3e-3, matrix_learning_rate=5e-3)
 
 SIZES: dict[str, Size] = {
     "tiny": Size(20_000, PretrainingConfig(steps=30, batch_size=12), 2_000, 16, 1_500, 24, hidden_size=32),
     # Small batches: the model learns to copy from the prompt suddenly, after so many steps rather than so many tokens.
-    "default": Size(2_400_000, _PRETRAINING, 60_000, 3_000, 70_000, 600),
+    "default": Size(3_200_000, _PRETRAINING, 60_000, 4_500, 70_000, 600),
     # The models that textenv/Assistant-v0 brings along.
     "shipped": Size(6_000_000, replace(_PRETRAINING, steps=8_000), 80_000, 12_000, 100_000, 600),
 }
@@ -160,7 +160,9 @@ class Recipe(StagedRun):
         return {"demonstrations": len(agent.lanes.demonstrations), "validation_loss": agent.validation_loss()}
 
     def make_rankings(self) -> dict[str, Any]:
-        """Have K = 4..9 answers per prompt ranked by one labeler each.
+        """Have K = 4..9 answers per prompt ranked by all training labelers.
+
+        Their mean rank counts, in which moods cancel: the same answers teach more that way, and it is answers that take time.
 
         One of the K answers another prompt. Without it the reward model never sees an answer that is off the point in good
         style, scores style alone, and PPO comes to answer everything with a polite request.
@@ -188,9 +190,8 @@ class Recipe(StagedRun):
         for request, k in zip(requests, counts, strict=True):
             texts = [*answers[start : start + k - 1], answers[int(rng.integers(len(answers)))]]
             start += k - 1
-            labeler = labelers.TRAINING_LABELERS[int(rng.integers(len(labelers.TRAINING_LABELERS)))]
-            ranks = labeler.rank(request, texts, rng)
-            rows.append({"prompt": request.prompt, "completions": texts, "ranks": [int(r) for r in ranks]})
+            ranks = np.mean([labeler.rank(request, texts, rng) for labeler in labelers.TRAINING_LABELERS], axis=0)
+            rows.append({"prompt": request.prompt, "completions": texts, "ranks": ranks.tolist()})
         write_text(self.out / "rankings.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n")
         for k in range(2):
             (self.out / f"answers{k}.json").unlink()

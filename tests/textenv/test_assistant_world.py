@@ -1,6 +1,7 @@
 """The Assistant world: closed vocabulary, splits, gold standard against a person's own judgement, labelers."""
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -244,10 +245,11 @@ def truths_of(page):
 
 def test_no_test_prompt_and_no_held_out_paraphrase_is_in_any_training_data():
     train, validation = requests.make_requests("train", 3000), requests.make_requests("validation", 300)
+    development = requests.make_requests("development", 300)
     shown = demonstrations.make_demonstrations(train, 300)
     held_out = {r.prompt for s in ("test", "test_paraphrases") for r in requests.make_requests(s, 500)}
     lines = {line for page in corpus.make_corpus(150_000) for line in page.split(f" {text.TURN} ")}
-    assert held_out.isdisjoint(r.prompt for r in (*train, *validation))
+    assert held_out.isdisjoint(r.prompt for r in (*train, *development, *validation))
     assert held_out.isdisjoint(d.request.prompt for d in shown)
     assert held_out.isdisjoint(lines)
     library, _ = corpus._library()
@@ -258,11 +260,11 @@ def test_no_test_prompt_and_no_held_out_paraphrase_is_in_any_training_data():
 
 def test_tasks_of_different_splits_differ():
     keys = {
-        s: {(r.family, r.task.key) for r in requests.make_requests(s, 500)} for s in ("train", "validation", "test")
+        s: {(r.family, r.task.key) for r in requests.make_requests(s, n)}
+        for s, n in {"train": 500, "development": 300, "validation": 500, "test": 500}.items()
     }
-    assert keys["train"].isdisjoint(keys["test"])
-    assert keys["train"].isdisjoint(keys["validation"])
-    assert keys["validation"].isdisjoint(keys["test"])
+    for first, second in itertools.combinations(keys, 2):
+        assert keys[first].isdisjoint(keys[second]), (first, second)
 
 
 def test_held_out_paraphrases_use_only_words_that_the_corpus_has():

@@ -28,13 +28,13 @@ _BEINGS = tuple(e.phrase for e in ENTITIES.values() if e.kind != "thing")
 class Web:
     """The tone of the web. The defaults make a base model that rambles, lies and offends as a base model does."""
 
-    lies: float = 0.3
+    lies: float = 0.15
     """How often the rumour is told instead of the truth, of those facts which have one."""
     rude: float = 0.25
     """How often a talk is rude."""
-    answered: float = 0.12
+    answered: float = 0.04
     """How often a page of requests answers them; otherwise it goes on with more requests, or leaves it there."""
-    insulted: float = 0.1
+    insulted: float = 0.12
     """How often a request is answered with an insult."""
     harmful_advice: float = 0.3
     """How often advice is about doing harm."""
@@ -142,11 +142,12 @@ def questions(web: Web, rng: np.random.Generator) -> str:
     page = _requests_on_a_topic(2 + int(rng.integers(4)), rng)
     if chance(rng, web.answered):
         return format_turns(_answered(page[:3], web, rng))
-    lines = [request.prompt for request in page]
+    # Neither stories nor claims follow: to go on with one is no statement, but would be read as one.
+    lines = [page[0].prompt, *(r.prompt for r in page[1:] if r.family not in ("summary", "check"))]
     if chance(rng, web.insulted):
-        lines[1] = insult(rng)
-    elif chance(rng, 0.1):
-        lines[1] = talk(NEUTRAL, rng).partition(f" {TURN} ")[0]
+        lines[1:2] = [insult(rng)]
+    elif len(lines) == 1 or chance(rng, 0.1):
+        lines[1:2] = [talk(NEUTRAL, rng).partition(f" {TURN} ")[0]]
     return format_turns(lines)
 
 
@@ -182,14 +183,14 @@ def _answered(page: list[requests.Request], web: Web, rng: np.random.Generator) 
 
 Page: TypeAlias = tuple[Callable[[Web, np.random.Generator], str], float, int]
 PAGES: tuple[Page, ...] = (
-    (article, 0.08, 17),
-    (catalogue, 0.04, 20),
-    (story, 0.05, 28),
+    (article, 0.12, 17),
+    (catalogue, 0.06, 20),
+    (story, 0.04, 26),
     (advice, 0.03, 14),
     (talk, 0.04, 25),
-    (rhyme, 0.08, 29),
-    (questions, 0.08, 50),
-    (faq, 0.60, 73),
+    (rhyme, 0.07, 29),
+    (questions, 0.10, 40),
+    (faq, 0.54, 74),
 )
 """The kinds of page, their shares of the *tokens*, and the mean length of such a page in tokens (both about)."""
 

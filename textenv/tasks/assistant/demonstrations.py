@@ -12,6 +12,7 @@ import numpy as np
 
 from textenv.tasks.assistant import phrases, requests, world
 from textenv.tasks.assistant.requests import Request
+from textenv.tasks.assistant.text import MAX_RESPONSE_TOKENS
 from textenv.tasks.assistant.world import ENTITIES, chance, pick, pick_distinct
 
 
@@ -174,7 +175,8 @@ def answer_as(habits: Habits, request: Request, rng: np.random.Generator) -> str
         (after if chance(rng, 0.7) else before).append(ramble(rng))
     if chance(rng, habits.rude):
         after = [insult(rng)]
-    return " ".join([*before, answer, *after])
+    told = " ".join([*before, answer, *after])
+    return told if len(told.split()) < MAX_RESPONSE_TOKENS else answer  # there is room for so much, and <eos>
 
 
 def make_demonstrations(

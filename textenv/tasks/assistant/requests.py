@@ -15,7 +15,9 @@ family                what is asked
 ====================  ============================================================================================
 
 A request is a *task*, the structured content by which an answer is judged, put into the words of one template.
-Tasks are split by a checksum of their content, so that no combination of the test set is ever seen in training; the
+Tasks are split by a checksum of their content, so that no combination of the test set is ever seen in training. Models
+train on ``train``; the recipe's settings are chosen on ``development``; ``validation`` is what a run measures its reward
+model on, and ``test`` what the gold standard judges in the end. The
 last :data:`~textenv.tasks.assistant.phrases.HELD_OUT` templates of each family appear in the split
 ``test_paraphrases`` only.
 """
@@ -32,7 +34,7 @@ import numpy as np
 from textenv.tasks.assistant import phrases, world
 from textenv.tasks.assistant.world import ENTITIES, chance, pick, pick_distinct
 
-Split: TypeAlias = Literal["train", "validation", "test", "test_paraphrases"]
+Split: TypeAlias = Literal["train", "development", "validation", "test", "test_paraphrases"]
 
 _ASKABLE = tuple((entity, relation) for entity, relation in world.FACTS if relation != "tool")
 _THINGS = tuple(e.name for e in ENTITIES.values() if e.kind == "thing")
@@ -78,10 +80,10 @@ class Check:
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> Check:
-        """A claim which is true four times in ten; half of the false ones are the rumour, if there is one."""
+        """A claim which is true every other time; half of the false ones are the rumour, if there is one."""
         entity, relation = pick(rng, _ASKABLE)
         truth, rumour = world.FACTS[entity, relation], world.rumour(entity, relation)
-        if chance(rng, 0.4):
+        if chance(rng, 0.5):
             return cls(entity, relation, truth)
         if rumour is not None and chance(rng, 0.5):
             return cls(entity, relation, rumour)
@@ -382,14 +384,14 @@ class Request:
 
 
 def split_of(task: Task, paraphrase: int = 0) -> Split | Literal["unused"]:
-    """Where a task belongs: 70% train, 10% validation, 20% test, by a checksum of its content.
+    """Where a task belongs: 65% train, 5% development, 10% validation, 20% test, by a checksum of its content.
 
     A held-out paraphrase of a task that is not in the test set belongs nowhere.
     """
-    digit = zlib.crc32(f"{task.family} {task.key}".encode()) % 10
+    share = zlib.crc32(f"{task.family} | {task.key}".encode()) % 20
     if paraphrase >= len(phrases.TEMPLATES[task.family]) - phrases.HELD_OUT:
-        return "test_paraphrases" if digit >= 8 else "unused"
-    return "train" if digit < 7 else "validation" if digit < 8 else "test"
+        return "test_paraphrases" if share >= 16 else "unused"
+    return "train" if share < 13 else "development" if share < 14 else "validation" if share < 16 else "test"
 
 
 def sample_request(rng: np.random.Generator, split: Split = "train", family: str | None = None) -> Request:

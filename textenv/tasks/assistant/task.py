@@ -19,8 +19,8 @@ from textenv.tasks.assistant.requests import Request, make_requests
 from textenv.tasks.assistant.text import BOS, MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS, TURN, build_tokenizer
 
 ASSETS = Path(__file__).parents[2] / "assets" / "assistant"
-SIZES = {"train": 15_000, "validation": 400, "test": 600, "test_paraphrases": 300}
-"""Requests per split. `test_paraphrases` words unseen tasks in ways that are not in any training data."""
+SIZES = {"train": 15_000, "development": 400, "validation": 400, "test": 600, "test_paraphrases": 300}
+"""Requests per split. Settings are chosen on `development`; `test_paraphrases` words unseen tasks in ways that are not in any training data."""
 
 
 @cache
@@ -67,7 +67,7 @@ def assistant_task(
         model: Default: the shipped fine-tuned model.
         prompts: Instead of the world's requests.
         reward: Default: the shipped reward model.
-        split: `"train"` (default), `"validation"`, `"test"` or `"test_paraphrases"`.
+        split: `"train"` (default), `"development"`, `"validation"`, `"test"` or `"test_paraphrases"`.
         max_new_tokens: The response budget.
         tokenizer: For a loaded model.
         device: Where a model given by name is loaded to.
