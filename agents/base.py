@@ -85,8 +85,12 @@ class AgentConfig:
     top_p: float | None = None
     """Sample from the smallest set of tokens of this probability (scored and trained under the same truncation)."""
 
+    tokens_per_pass: int | None = None
+    """Activation checkpointing: an update over more tokens (prompts counted) than this runs in several passes, each computed a
+    second time for its gradient. A third more work, for memory that does not grow with the minibatch; None holds it whole."""
+
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "decay_timesteps", "max_grad_norm"):
+        for name in ("learning_rate", "decay_timesteps", "max_grad_norm", "tokens_per_pass"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"Expected {name} > 0, got {value!r}.")
@@ -132,6 +136,7 @@ class LanguageModelAgent:
         seeds = np.random.SeedSequence(seed).spawn(2)
         self.rng, self._predict_rng = (np.random.default_rng(child) for child in seeds)
         self.policy = self.make_policy()
+        self.policy.tokens_per_pass = self.config.tokens_per_pass
         self.attach_to_env()
         self.env.reset(seed=seed)
 

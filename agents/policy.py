@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from textenv.lm import LanguageModel, in_chunks, response_index, response_states, trunk_states
+from textenv.lm import LanguageModel, in_chunks, response_index, response_states, runs, trunk_states
 from textenv.prompts import did_you_mean
 from textenv.sampling import draw_scored, entropy, log_prob
 
@@ -47,6 +48,7 @@ class Policy:
 
     def __init__(self, reference: LanguageModel, top_k: int | None = None, top_p: float | None = None) -> None:
         self.lm = reference.clone(replace(reference.behaviour, top_k=top_k, top_p=top_p))
+        self.tokens_per_pass: int | None = None  # see `AgentConfig`
         self._sampled: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]] | None = None
 
     @property
@@ -135,6 +137,8 @@ class Policy:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Score responses in one teacher-forced pass, never one row per (prefix, token). Differentiable.
 
+        With more than `tokens_per_pass` tokens it is several passes, each forgotten and computed again in the backward pass.
+
         Args:
             episodes: Of which `rows` are used.
             rows: Indices. Shape: (B,).
@@ -144,7 +148,30 @@ class Policy:
             Log-probabilities (B, T), entropies (B, T), both in nats and 0 after a response's end; and the hidden states they
             came from, back to back (M, d). T is the longest response among `rows`.
         """
-        part = episodes.tokens[rows], episodes.prompt_length[rows], episodes.response_length[rows]
+        tokens, m, n = episodes.tokens[rows], episodes.prompt_length[rows], episodes.response_length[rows]
+        passes = [slice(None)]
+        if self.tokens_per_pass is not None and torch.is_grad_enabled():
+            passes = list(runs(m + n, self.tokens_per_pass))
+        parts = [
+            checkpoint(
+                self._evaluate, tokens[i], m[i], n[i], entropy_gradient, use_reentrant=False, preserve_rng_state=False
+            )
+            if len(passes) > 1
+            else self._evaluate(tokens[i], m[i], n[i], entropy_gradient)
+            for i in passes
+        ]
+        log_probs, entropies, hidden = (torch.cat(column) for column in zip(*parts, strict=True))
+        return unpack(log_probs, n), unpack(entropies, n), hidden
+
+    def _evaluate(
+        self,
+        tokens: NDArray[np.int64],
+        prompt_length: NDArray[np.int64],
+        response_length: NDArray[np.int64],
+        entropy_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One pass; everything back to back. Shapes: (M,), (M,), (M, d)."""
+        part = tokens, prompt_length, response_length
         hidden = self.lm.response_hidden(*part)
         log_probs, entropies = [], []
         for chunk, states in in_chunks(hidden, part[2], self.lm.vocab_size):
@@ -152,7 +179,7 @@ class Policy:
             log_probs.append(log_prob(logits, drawn))
             with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
                 entropies.append(entropy(logits))
-        return unpack(torch.cat(log_probs), part[2]), unpack(torch.cat(entropies), part[2]), hidden
+        return torch.cat(log_probs), torch.cat(entropies), hidden
 
 
 class Critic(nn.Module):

@@ -628,11 +628,18 @@ def in_chunks(
         vocab_size: V.
     """
     end = np.cumsum(response_length)
+    for chunk in runs(response_length, LOGITS_PER_CHUNK // vocab_size):
+        yield chunk, hidden[int(end[chunk.start] - response_length[chunk.start]) : int(end[chunk.stop - 1])]
+
+
+def runs(lengths: NDArray[np.int64], tokens: int) -> Iterator[slice]:
+    """Neighbouring rows in runs of at most `tokens` tokens (or of one row). Shape of lengths: (B,)."""
+    end = np.cumsum(lengths)
     begin = 0
     while begin < len(end):
-        first = int(end[begin] - response_length[begin])
-        stop = max(begin + 1, int(np.searchsorted(end, first + LOGITS_PER_CHUNK // vocab_size, side="right")))
-        yield slice(begin, stop), hidden[first : int(end[stop - 1])]
+        first = end[begin] - lengths[begin]
+        stop = max(begin + 1, int(np.searchsorted(end, first + tokens, side="right")))
+        yield slice(begin, stop)
         begin = stop
 
 

@@ -57,6 +57,30 @@ def test_entropy_is_differentiable_on_request(agent, episodes):
     torch.testing.assert_close(ours, torch.autograd.grad(total, weight)[0], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("critic", ["head", "separate"])
+def test_passes_that_are_computed_twice_give_the_same_values_and_gradients(make_envs, episodes, critic):
+    def gradients(tokens_per_pass):
+        agent = PPO(make_envs(), seed=0, tokens_per_pass=tokens_per_pass, critic=critic)
+        rows, seen = np.arange(12), []
+        forward = agent.policy.lm.response_hidden
+        agent.policy.lm.response_hidden = lambda *part: seen.append(len(part[0])) or forward(*part)
+        log_probs, entropy, hidden = agent.policy.evaluate(episodes, rows, entropy_gradient=True)
+        values = agent.critic(hidden, episodes, rows)
+        torch.nn.init.ones_(agent.critic.head.weight)
+        (log_probs**2 + entropy + agent.critic(hidden, episodes, rows)).sum().backward()
+        parts = [*agent.policy.parameters(), *agent.critic.parameters()]
+        return seen, [log_probs.detach(), entropy.detach(), values.detach(), *(p.grad for p in parts)]
+
+    (whole, expected), (passes, ours) = gradients(None), gradients(20)
+    assert whole == [12]
+    half = passes[: len(passes) // 2]
+    assert len(half) > 2
+    assert sum(half) == 12  # each once forward, and once more for its gradient
+    assert sorted(passes[len(half) :]) == sorted(half)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_entropy_under_a_mask_has_a_finite_gradient(make_envs):
     agent = PPO(make_envs(action_mask=np.arange(10) % 2 == 0), seed=0, top_k=3)
     episodes = collect(agent.env, agent.policy, 8, agent.rng)
