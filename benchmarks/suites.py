@@ -204,17 +204,19 @@ ASSISTANT = Suite(
 ARITHMETIC_TASK = Task(
     env="textenv/Arithmetic-v0", settings={"beta": 0.02}, evaluation={"split": "test"}, prompts=256, samples=8
 )
-ARITHMETIC_ROLLOUT: dict[str, Any] = {"learning_rate": 1e-3, "episodes_per_update": 256, "minibatch_episodes": 256}
+ARITHMETIC_ROLLOUT: dict[str, Any] = {"episodes_per_update": 256, "minibatch_episodes": 256, "epochs": 4}
+CAREFUL: dict[str, Any] = {"learning_rate": 3e-4}
+"""Without a critic, PPO's rate of 1e-3 takes the first update 2 to 4 nats away, from 30% of sums right to below 13%."""
 
 VERIFIABLE = Suite(
     title="Sums: the reward is whether the answer is right",
     tasks={"arithmetic": ARITHMETIC_TASK},
     agents={
-        "PPO": Preset(agent="PPO", config=ARITHMETIC_ROLLOUT | {"epochs": 4}, decay=False),
-        "REINFORCE": Preset(agent="REINFORCE", config={"learning_rate": 1e-3, "episodes_per_update": 256}, decay=False),
-        "RLOO": Preset(agent="RLOO", config=ARITHMETIC_ROLLOUT | {"epochs": 4}, group_size=8, decay=False),
+        "PPO": Preset(agent="PPO", config=ARITHMETIC_ROLLOUT | {"learning_rate": 1e-3}, decay=False),
+        "REINFORCE": Preset(agent="REINFORCE", config=CAREFUL | {"episodes_per_update": 256}, decay=False),
+        "RLOO": Preset(agent="RLOO", config=ARITHMETIC_ROLLOUT | CAREFUL, group_size=8, decay=False),
         "GRPO-dr_grpo": Preset(
-            agent="GRPO", config=ARITHMETIC_ROLLOUT | {"variant": "dr_grpo", "epochs": 4}, group_size=8, decay=False
+            agent="GRPO", config=ARITHMETIC_ROLLOUT | CAREFUL | {"variant": "dr_grpo"}, group_size=8, decay=False
         ),
         "BestOfN-8": Preset(agent="BestOfN", config={"n": 8}, trains=False),
         "Reference": REFERENCE,
