@@ -95,7 +95,7 @@ PRESETS: dict[str, Preset] = {
         config=ROLLOUT | {"learning_rate": 2e-3},
         tokens=50_000,
     ),
-    "A2C": Preset(agent="A2C", config={"learning_rate": 3e-3, "episodes_per_update": 64}, tokens=50_000, lanes=64),
+    "A2C": Preset(agent="A2C", config={"learning_rate": 3e-3, "episodes_per_update": 64}, tokens=80_000, lanes=64),
     "REINFORCE": Preset(agent="REINFORCE", config={"learning_rate": 4e-3, "episodes_per_update": 128}, tokens=80_000),
     "RLOO": Preset(agent="RLOO", config=ROLLOUT | {"learning_rate": 2e-3}, group_size=16),
     "GRPO-dr_grpo": Preset(agent="GRPO", config=ROLLOUT | {"variant": "dr_grpo", "learning_rate": 2e-3}, group_size=16),
