@@ -162,6 +162,11 @@ def cell(file: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
+def plain(value: Any) -> str:
+    """Three decimals, and no minus before a zero."""
+    return f"{round(float(value), 3) + 0.0:.3f}"
+
+
 def interval(values: Sequence[float]) -> str:
     """Mean and 95% interval over runs (Student's t)."""
     mean, n = float(np.mean(values)), len(values)
@@ -182,7 +187,7 @@ def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         gain = interval([b - a for a, b in zip(before, after, strict=True)])
         cost = np.mean([row["cpu_seconds"] for row in runs])
         lines.append(
-            f"| {name} | {runs[0]['tokens']:,} | {np.mean(before):.3f} | {interval(after)} | {gain} | {cost:.0f} |"
+            f"| {name} | {runs[0]['tokens']:,} | {plain(np.mean(before))} | {interval(after)} | {gain} | {cost:.0f} |"
         )
     if dqn := agents.get("sb3 DQN"):
         best = np.mean([row["best_greedy"] for row in dqn])
@@ -195,7 +200,7 @@ def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         for figure in ("objective", "reward", "kl"):
             before, after = ([row[when][figure] for row in runs] for when in ("before", "after"))
             gain = interval([b - a for a, b in zip(before, after, strict=True)])
-            lines.append(f"| {figure} | {np.mean(before):.3f} | {np.mean(after):.3f} | {gain} |")
+            lines.append(f"| {figure} | {plain(np.mean(before))} | {plain(np.mean(after))} | {gain} |")
         cost = np.mean([row["cpu_seconds"] for row in runs])
         lines += ["", f"{runs[0]['tokens']:,} tokens, beta {runs[0]['beta']}, {cost:.0f} CPU s per run."]
     return "\n".join(lines) + "\n"
