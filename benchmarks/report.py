@@ -510,8 +510,11 @@ def draw_frontier(results: Results) -> list[Picture]:
             kl_bar, bar = map(error_bar, point)
             axis.errorbar(
                 point[0].estimate, point[1].estimate, xerr=kl_bar, yerr=bar, fmt="o", ms=5, lw=0.9,
-                color=colour_of(results, agent), label=agent,
+                color=colour_of(results, agent), label=agent.split(" beta=")[0],
             )  # fmt: skip
+            if " beta=" in agent:
+                where = point[0].estimate, point[1].estimate
+                axis.annotate(agent.split(" beta=")[1], where, xytext=(4, 4), textcoords="offset points", fontsize=7)
         axis.set_title(
             f"{task}: {metric}" if len(results.tasks) > 1 or len(panels) > 1 else task, loc="left", fontweight="bold"
         )
@@ -543,9 +546,10 @@ def frontier_points(results: Results, agent: str, task: str, metric: str, exact:
         m = row["metrics"]
         if m.get("kl") is None or m.get(metric) is None:
             continue
-        if exact:
-            room = m["optimum_reward"] - m["reward_reference"]
-            found.append((m["kl"] / m["optimum_kl"], (m["reward"] - m["reward_reference"]) / room))
+        if exact:  # all agents of a seed by one optimum, whatever their beta
+            of = next(r["metrics"] for r in results.good if (r["task"], r["seed"]) == (task, row["seed"]))
+            room = of["optimum_reward"] - of["reward_reference"]
+            found.append((m["kl"] / of["optimum_kl"], (m["reward"] - of["reward_reference"]) / room))
         else:
             found.append((m["kl"], m[metric]))
     columns = np.asarray(found, np.float64).reshape(-1, 2).T
@@ -743,7 +747,7 @@ def shared_legend(figure: Any, axes: Sequence[Any]) -> None:
         list(entries.values()),
         list(entries),
         loc="outside lower center",
-        ncols=min(5, len(entries)),
+        ncols=min(5 if len(axes) > 1 else 4, len(entries)),
         frameon=False,
         fontsize=8,
     )
