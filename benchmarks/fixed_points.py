@@ -18,7 +18,7 @@ from textenv.exact import CompletionTree, best_of_n, logsumexp
 FLOATS = NDArray[np.float64]
 
 
-def grpo(tree: CompletionTree, log_ref: FLOATS, rewards: FLOATS, beta: float, iterations: int = 400) -> FLOATS:
+def grpo(tree: CompletionTree, log_ref: FLOATS, rewards: FLOATS, beta: float, iterations: int = 200) -> FLOATS:
     """GRPO's fixed point with large groups: advantages scaled by the deviation, mean over tokens, k3 in the loss.
 
     With A = (r - mean r) / std r and w = 1 / length of a completion, a step on the logits of state s moves pi(a|s) by
@@ -53,7 +53,7 @@ def grpo(tree: CompletionTree, log_ref: FLOATS, rewards: FLOATS, beta: float, it
             least,
             least + pull.max(axis=1, keepdims=True) * 2 + 1e-9,
         )  # C: the sum falls from infinity to below 1
-        for _ in range(60):
+        for _ in range(45):
             middle = (low + high) / 2
             total = (np.exp(log_ref) * pull / np.where(allowed, middle + pull - m, np.inf)).sum(axis=1, keepdims=True)
             low, high = np.where(total > 1, middle, low), np.where(total > 1, high, middle)
