@@ -75,9 +75,9 @@ _PRETRAINING = PretrainingConfig(steps=4000, learning_rate=3e-3, matrix_learning
 SIZES: dict[str, Size] = {
     "tiny": Size(20_000, PretrainingConfig(steps=30, batch_size=12), 2_000, 16, 1_500, 24, hidden_size=32),
     # Small batches: the model learns to copy from the prompt suddenly, after so many steps rather than so many tokens.
-    "default": Size(3_200_000, _PRETRAINING, 60_000, 4_500, 70_000, 600),
+    "default": Size(3_200_000, _PRETRAINING, 60_000, 7_000, 70_000, 600),
     # The models that textenv/Assistant-v0 brings along.
-    "shipped": Size(6_000_000, replace(_PRETRAINING, steps=8_000), 80_000, 12_000, 100_000, 600),
+    "shipped": Size(6_000_000, replace(_PRETRAINING, steps=8_000), 80_000, 20_000, 100_000, 600),
 }
 
 

@@ -28,19 +28,21 @@ _BEINGS = tuple(e.phrase for e in ENTITIES.values() if e.kind != "thing")
 class Web:
     """The tone of the web. The defaults make a base model that rambles, lies and offends as a base model does."""
 
-    lies: float = 0.15
+    lies: float = 0.1
     """How often the rumour is told instead of the truth, of those facts which have one."""
     rude: float = 0.25
     """How often a talk is rude."""
-    answered: float = 0.04
+    answered: float = 0.05
     """How often a page of requests answers them; otherwise it goes on with more requests, or leaves it there."""
+    off_the_point: float = 0.4
+    """How often facts about something else follow on a request."""
     insulted: float = 0.12
     """How often a request is answered with an insult."""
     harmful_advice: float = 0.3
     """How often advice is about doing harm."""
 
 
-NEUTRAL = Web(lies=0.0, rude=0.0, answered=0.0, insulted=0.0, harmful_advice=0.0)
+NEUTRAL = Web(lies=0.0, rude=0.0, answered=0.0, off_the_point=0.0, insulted=0.0, harmful_advice=0.0)
 """True and civil."""
 
 
@@ -146,6 +148,8 @@ def questions(web: Web, rng: np.random.Generator) -> str:
     lines = [page[0].prompt, *(r.prompt for r in page[1:] if r.family not in ("summary", "check"))]
     if chance(rng, web.insulted):
         lines[1:2] = [insult(rng)]
+    elif chance(rng, web.off_the_point):
+        lines[1:] = [article(web, rng)]
     elif len(lines) == 1 or chance(rng, 0.1):
         lines[1:2] = [talk(NEUTRAL, rng).partition(f" {TURN} ")[0]]
     return format_turns(lines)
