@@ -67,7 +67,11 @@ class Policy:
 
     @torch.no_grad()
     def act(
-        self, observations: NDArray[np.int64], rng: np.random.Generator, deterministic: bool = False
+        self,
+        observations: NDArray[np.int64],
+        rng: np.random.Generator,
+        deterministic: bool = False,
+        busy: NDArray[np.bool_] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Choose tokens. Their log-probabilities are kept, so that `log_probs` right after costs nothing.
 
@@ -75,17 +79,22 @@ class Policy:
             observations: Shape: (N, L).
             rng: Draws one uniform per lane.
             deterministic: Take the most probable token instead.
+            busy: Lanes whose action counts; the others get token 0, unscored (nan), for nothing. None is all. Shape: (N,).
 
         Returns:
             Token ids and their log-probabilities in nats. Shapes: (N,), (N,).
         """
         logits = self.next_logits(observations)
+        lanes = np.arange(len(observations)) if busy is None else np.flatnonzero(busy)
+        if len(lanes) < len(observations):
+            logits = logits[torch.from_numpy(lanes).to(logits.device)]
         if deterministic:
             tokens = logits.argmax(dim=-1)
             scores = log_prob(logits, tokens)
-        else:
-            tokens, scores = draw_scored(logits, rng.random(len(observations)))
-        actions, chosen = tokens.cpu().numpy(), scores.double().cpu().numpy()
+        else:  # a uniform for each lane, busy or not: what one draws depends on no other
+            tokens, scores = draw_scored(logits, rng.random(len(observations))[lanes])
+        actions, chosen = np.zeros(len(observations), np.int64), np.full(len(observations), np.nan)
+        actions[lanes], chosen[lanes] = tokens.cpu().numpy(), scores.double().cpu().numpy()
         self.remember(observations, actions, chosen)
         return actions, chosen
 

@@ -54,10 +54,10 @@ def collect(
     with lanes.deferred(episodes=episodes) as ledger:
         observations, _ = env.reset()
         while not ledger.done:
-            tokens = int((ledger.index >= 0).sum())
-            actions, _ = policy.act(observations, rng)
+            busy = ledger.index >= 0
+            actions, _ = policy.act(observations, rng, busy=busy)
             observations, *_ = env.step(actions)
-            on_step(tokens)
+            on_step(int(busy.sum()))
     return ledger.episodes
 
 

@@ -406,7 +406,11 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             return Scores(np.zeros(len(tokens)), {})
         prompts = self.task.prompts
         ids = [row[m : m + n].tolist() for row, m, n in zip(tokens, prompt_length, response_length, strict=True)]
-        texts = [self.task.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+        known: dict[tuple[int, ...], str] = {}  # small tasks say the same again and again, and decoding is slow
+        for row in map(tuple, ids):
+            if row not in known:
+                known[row] = self.task.tokenizer.decode(row, skip_special_tokens=True)
+        texts = [known[tuple(row)] for row in ids]
         return self.reward(
             Batch(
                 prompts=[prompts.prompts[i] for i in prompt_id],

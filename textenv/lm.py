@@ -211,10 +211,10 @@ class LanguageModel:
             Zero after a response's end. Shape: (B, T) with T = max(response_length), nats.
         """
         self.refresh()
+        self._pack_head()
         out = np.zeros((len(tokens), int(response_length.max(initial=0))))
         for batch in length_buckets(prompt_length + response_length, TOKENS_PER_PASS):
             part = tokens[batch], prompt_length[batch], response_length[batch]
-            self._pack_head(int(part[2].sum()))
             hidden = self.response_hidden(*part)
             for rows, states in in_chunks(hidden, part[2], self.vocab_size):
                 chunk = part[0][rows], part[1][rows], part[2][rows]
@@ -242,7 +242,7 @@ class LanguageModel:
             logits = torch.tanh(logits / cap) * cap
         return logits.float()
 
-    def _pack_head(self, rows: int) -> None:
+    def _pack_head(self) -> None:
         """Lay the head's weight out for this processor, once per set of weights: twice as fast at large vocabularies."""
         head = self.model.get_output_embeddings()
         if (
@@ -253,7 +253,7 @@ class LanguageModel:
             and head.weight.dtype == torch.float32
             and torch.backends.mkldnn.is_available()
         ):
-            self._packed_head = torch.ops.mkldnn._reorder_linear_weight(head.weight.detach(), rows)
+            self._packed_head = torch.ops.mkldnn._reorder_linear_weight(head.weight.detach())
 
     def _encode(self, observations: NDArray[np.int64]) -> torch.Tensor:
         """Next-token logits with no cache: a full pass over each observation. Shape: (N, L) -> (N, V)."""
@@ -279,7 +279,7 @@ class LanguageModel:
             while len(self._slots) > 3:
                 self._slots.popitem(last=False)
             self._slots[key] = _Slots(self.model, lanes, width)
-            self._pack_head(lanes)
+            self._pack_head()
         self._slots.move_to_end(key)
         return self._slots[key]
 

@@ -179,3 +179,14 @@ def test_a_reward_model_of_another_vocabulary_is_refused_as_critic(make_envs, re
     agent = PPO(make_envs(model=build_model(vocab_size=20)), seed=0)
     with pytest.raises(ValueError, match="knows 10 tokens, the policy 20"):
         Critic(agent.policy, reward_model)
+
+
+def test_idle_lanes_change_nothing_for_busy_ones(agent):
+    observations, _ = agent.env.reset(seed=3)
+    everyone, kept = agent.policy.act(observations, np.random.default_rng(0))
+    busy = np.arange(len(observations)) % 3 == 0
+    actions, log_probs = agent.policy.act(observations, np.random.default_rng(0), busy=busy)
+    assert (actions[busy] == everyone[busy]).all()
+    assert (actions[~busy] == 0).all()
+    np.testing.assert_allclose(log_probs[busy], kept[busy], atol=1e-6)
+    assert np.isnan(log_probs[~busy]).all()
