@@ -125,7 +125,7 @@ class TrainArguments(EnvArguments):
     verbose: bool = False
     """Print every logged figure."""
     threads: int | None = None
-    """CPU threads of torch (default: torch's own choice)."""
+    """CPU threads of torch (default: 1 for models below 5M parameters, else torch's own choice)."""
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -159,7 +159,7 @@ def train(arguments: Sequence[str]) -> None:
     elif checkpoint.exists():  # what died before its first checkpoint is begun anew
         raise UsageError(f"{out} holds a run already. Go on with it (--resume), or choose another --out.")
     envs = make_envs(names[1], options.num_envs, options.keywords())
-    _set_threads(options.threads)
+    _set_threads(options.threads, envs.unwrapped.task.model)
     with usage_errors():
         if options.resume:
             agent = agent_class.load(checkpoint, envs, log_dir=out, verbose=int(options.verbose))
@@ -840,11 +840,21 @@ def _no_flags(arguments: Sequence[str], command: str) -> None:
         raise UsageError(f"textenv {command} takes no arguments, got {' '.join(arguments)}.")
 
 
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
+ONE_THREAD_BELOW = 5_000_000
+"""Parameters of a model whose products are too small to share: waking a second thread costs more than it brings."""
 
+
+def _set_threads(threads: int | None, model: Any = None) -> None:
+    """As many as asked for; else one for a small model, and torch's own choice for others.
+
+    By a rule and not by a stopwatch: sums are split by thread, so that a measured choice would make two runs of a seed differ.
+    """
+    import torch
+
+    if threads is not None:
         torch.set_num_threads(threads)
+    elif model is not None and sum(p.numel() for p in model.parameters()) < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
 
 
 def _summary(thing: Any) -> str:

@@ -409,7 +409,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         known: dict[tuple[int, ...], str] = {}  # small tasks say the same again and again, and decoding is slow
         for row in map(tuple, ids):
             if row not in known:
-                known[row] = self.task.tokenizer.decode(row, skip_special_tokens=True)
+                known[row] = self.task.tokenizer.decode(list(row), skip_special_tokens=True)
         texts = [known[tuple(row)] for row in ids]
         return self.reward(
             Batch(

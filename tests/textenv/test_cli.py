@@ -5,8 +5,9 @@ import os
 import signal
 
 import pytest
+import torch
 
-from textenv.cli import main, whole_number
+from textenv.cli import _set_threads, main, whole_number
 
 SMALL = [
     "--num-envs",
@@ -401,3 +402,11 @@ def test_what_is_no_reward_model_is_refused_as_a_reward(own):
 def test_a_wrong_suite_is_answered_with_the_nearest():
     with pytest.raises(SystemExit, match=r"Unknown suite 'exakt'.*Did you mean `exact`"):
         main(["bench", "exakt"])
+
+
+@pytest.mark.parametrize(("asked", "width", "expected"), [(None, 8, 1), (None, 3_000, 3), (2, 8, 2), (2, 3_000, 2)])
+def test_a_small_model_runs_on_one_thread_unless_told_otherwise(monkeypatch, asked, width, expected):
+    threads = [3]
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    _set_threads(asked, torch.nn.Linear(width, 2_000, device="meta"))
+    assert threads[-1] == expected
