@@ -166,3 +166,31 @@ def test_a_packed_head_is_packed_again_after_an_optimiser_step(monkeypatch: pyte
         scores = lm.score(rows[:1], np.array([1]), np.array([2]))  # whole episodes read the same head
         log_p = model(torch.tensor([[3, 4, 5]])).logits[0].log_softmax(-1)
         np.testing.assert_allclose(scores[0], [log_p[0, 4].item(), log_p[1, 5].item()], atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 0.3)])
+@torch.no_grad()
+def test_on_a_gpu_lanes_say_what_the_plain_model_says(dtype: torch.dtype, bound: float) -> None:
+    model = tiny_model("llama").to("cuda", dtype)
+    lm, tokens = LanguageModel(model, 12), some_rows(3)
+    for lengths in ([3, 1, 5], [4, 2, 6], [5, 7, 1]):
+        observations = np.full((3, 12), VOCAB)
+        for lane, n in enumerate(lengths):
+            observations[lane, :n] = tokens[lane, :n]
+        rows = [torch.from_numpy(row[:n])[None].cuda() for row, n in zip(tokens, lengths, strict=True)]
+        expected = torch.cat([model(ids, attention_mask=torch.ones_like(ids)).logits[:, -1].float() for ids in rows])
+        torch.testing.assert_close(lm.next_logits(observations), expected, atol=bound, rtol=bound)
+
+
+@torch.no_grad()
+def test_in_bfloat16_lanes_stay_near_the_float32_model() -> None:
+    exact = tiny_model("llama", spread=0.1)
+    half = LanguageModel(copy.deepcopy(exact).to(torch.bfloat16), 12)
+    assert Decoder.of(half.model.base_model) is not None
+    rows = np.array([[3, 4, 5, *[VOCAB] * 9], [6, 7, *[VOCAB] * 10]])
+    for grown in range(2):  # a prompt, then one token more
+        if grown:
+            rows[0, 3], rows[1, 2] = 8, 9
+        near = LanguageModel(exact, 12).next_logits(rows)
+        assert 0 < (half.next_logits(rows) - near).abs().max() < 0.1
