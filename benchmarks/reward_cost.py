@@ -30,7 +30,8 @@ from rewards import (
     exact_match,
     valid_json,
 )
-from rewards.base import Component, evaluate, read_examples, read_reward
+from rewards.evaluate import evaluate, read_examples
+from rewards.signatures import Component, read_reward
 
 BATCH = 64
 SHORTEST = 0.1

@@ -8,18 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rewards.base import (
-    Batch,
-    BoundReward,
-    Combination,
-    Completion,
-    RewardError,
-    RewardFunction,
-    RewardTimeout,
-    Scores,
-    bind,
-    completion_text,
-)
+from rewards.base import Combination, Completion, RewardError, RewardFunction, RewardTimeout, completion_text
+from rewards.binding import Batch, BoundReward, Scores, bind
 from rewards.calls import Cached, TimeLimit
 from rewards.combine import Clipped, Ensemble, Gate, MissingStop, Normalized, WeightedSum
 from rewards.testing import RewardCheck, check_reward

@@ -17,7 +17,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.base import SERVICES, Combination, RewardError, RewardFunction, RewardTimeout, check_is_reward, reward_name
+from rewards.base import SERVICES, Combination, RewardError, RewardFunction, RewardTimeout
+from rewards.signatures import check_is_reward, reward_name
 
 
 class Cached:

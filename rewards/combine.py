@@ -14,16 +14,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rewards.base import (
-    Combination,
-    RewardError,
-    RewardFunction,
-    check_is_reward,
-    did_you_mean,
-    evaluate,
-    read_examples,
-    read_reward,
-)
+from rewards.base import Combination, RewardError, RewardFunction, did_you_mean
+from rewards.evaluate import evaluate, read_examples
+from rewards.signatures import check_is_reward, read_reward
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from rewards.base import (
-    Combination,
-    Component,
-    RewardError,
-    RewardFunction,
-    evaluate,
-    read_examples,
-    read_reward,
-    shorten,
-)
+from rewards.base import Combination, RewardError, RewardFunction, shorten
+from rewards.evaluate import evaluate, read_examples
+from rewards.signatures import Component, read_reward
 
 
 @dataclass(frozen=True)

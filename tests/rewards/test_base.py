@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from rewards import Batch, LengthPenalty, RewardError, WeightedSum, base, bind, completion_text
+from rewards import Batch, LengthPenalty, RewardError, WeightedSum, bind, completion_text, waiting
 
 BATCH = Batch(
     prompts=["p", "q", "r"],
@@ -378,7 +378,7 @@ def test_a_ragged_batch():
 
 
 def test_a_reward_that_sleeps_is_named_while_one_waits(monkeypatch, caplog):
-    monkeypatch.setattr(base, "PATIENCE", 0.02)
+    monkeypatch.setattr(waiting, "PATIENCE", 0.02)
     named = threading.Event()
 
     class Handler(logging.Handler):
