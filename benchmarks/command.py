@@ -15,7 +15,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from benchmarks.run import Engine, ResultsExist, find_agent, import_ray, run_suite
 from benchmarks.suites import SUITES, Preset, Suite, Task
-from textenv.cli import Count, UsageError, first_line_of, load_object, textenv_ids, usage_errors
+from textenv.cli.arguments import Count, UsageError, first_line_of, load_object, textenv_ids, usage_errors
 from textenv.prompts import did_you_mean
 
 PROGRAMS: dict[str, tuple[str, str, str]] = {

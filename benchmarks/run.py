@@ -168,7 +168,7 @@ def play(cell: Cell, commit: str | None = None) -> dict[str, Any]:
 def measured(cell: Cell) -> dict[str, Any]:
     """What a row says of a run that went well."""
     from benchmarks import metrics
-    from textenv.cli import load_object
+    from textenv.cli.arguments import load_object
 
     unseen = make_env(cell, min(EVALUATION_LANES, cell.prompts * cell.samples), **cell.evaluation)
     agent_class = find_agent(cell.agent_class)
@@ -210,7 +210,7 @@ def make_env(cell: Cell, lanes: int, **changes: Any) -> Any:
     import gymnasium as gym
 
     import textenv  # noqa: F401  # registers the ids
-    from textenv.cli import load_reward
+    from textenv.cli.arguments import load_reward
 
     settings = cell.env_settings | changes
     if isinstance(settings.get("reward"), str):
@@ -220,7 +220,7 @@ def make_env(cell: Cell, lanes: int, **changes: Any) -> Any:
 
 def find_agent(name: str) -> Any:
     """A class (or a function that makes an agent) by name, as `module:Class` or as `file.py:Class`."""
-    from textenv.cli import load_agent, load_object
+    from textenv.cli.arguments import load_agent, load_object
 
     return load_object(name, "the agent") if ":" in name else load_agent(name)
 

@@ -51,7 +51,7 @@ from benchmarks.speed_work import (
     variety,
 )
 from rewards import RewardModel
-from textenv.cli import UsageError
+from textenv.cli.arguments import UsageError
 from textenv.ledger import Episodes
 from textenv.prompts import did_you_mean
 from textenv.task import quiet_loading

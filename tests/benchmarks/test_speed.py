@@ -34,7 +34,7 @@ from benchmarks.speed_work import (
     variety,
 )
 from rewards import RewardModel
-from textenv.cli import UsageError
+from textenv.cli.arguments import UsageError
 
 TINY = SHAPES["tiny"]
 GPT2 = Shape(

@@ -7,7 +7,8 @@ import signal
 import pytest
 import torch
 
-from textenv.cli import _set_threads, main, whole_number
+from textenv.cli import main
+from textenv.cli.arguments import policy_of, set_threads, whole_number
 
 SMALL = [
     "--num-envs",
@@ -311,8 +312,6 @@ def test_the_three_commands_of_the_recipe(own, capsys):
 
 
 def test_a_run_in_place_of_a_model_means_its_policy(own):
-    from textenv.cli import policy_of
-
     (own / "run/checkpoint/policy").mkdir(parents=True)
     (own / "run/checkpoint/policy/config.json").write_text("{}")
     for name in ("run", "run/checkpoint", "run/checkpoint/policy"):
@@ -408,5 +407,5 @@ def test_a_wrong_suite_is_answered_with_the_nearest():
 def test_a_small_model_runs_on_one_thread_unless_told_otherwise(monkeypatch, asked, width, expected):
     threads = [3]
     monkeypatch.setattr("torch.set_num_threads", threads.append)
-    _set_threads(asked, torch.nn.Linear(width, 2_000, device="meta"))
+    set_threads(asked, torch.nn.Linear(width, 2_000, device="meta"))
     assert threads[-1] == expected
