@@ -2,7 +2,7 @@
 
     base       a small Llama reads the web of the Assistant world, with its lies and its rudeness
     sft        it imitates people's demonstrations
-    rankings   simulated labelers rank K = 4..9 of its answers per prompt
+    rankings   simulated labelers rank K = 4..9 answers per prompt, most of them sft's
     reward     a reward model learns from the rankings
     ppo        PPO against the reward model, held near sft by the KL penalty; and the same with a share of pretraining
                text in every update (PPO-ptx)
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +76,7 @@ _PRETRAINING = PretrainingConfig(steps=4000, learning_rate=3e-3, matrix_learning
 SIZES: dict[str, Size] = {
     "tiny": Size(20_000, PretrainingConfig(steps=30, batch_size=12), 2_000, 16, 1_500, 24, hidden_size=32),
     # Small batches: the model learns to copy from the prompt suddenly, after so many steps rather than so many tokens.
-    "default": Size(3_200_000, _PRETRAINING, 60_000, 7_000, 70_000, 600),
+    "default": Size(3_200_000, _PRETRAINING, 60_000, 8_000, 70_000, 600),
     # The models that textenv/Assistant-v0 brings along.
     "shipped": Size(6_000_000, replace(_PRETRAINING, steps=8_000), 80_000, 20_000, 100_000, 600),
 }
@@ -101,6 +102,10 @@ class DemoArguments:
 BETA = 0.1
 PPO_SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "episodes_per_update": 256, "epochs": 1}
 """Of both PPO stages. Tried on earlier runs of seed 0, with a look at their gold scores (docs/results/assistant.md)."""
+
+
+HELD_OUT_ANSWERS = 6
+"""K of the rankings that the reward model is held against."""
 
 
 class Recipe(StagedRun):
@@ -162,36 +167,26 @@ class Recipe(StagedRun):
     def make_rankings(self) -> dict[str, Any]:
         """Have K = 4..9 answers per prompt ranked by all training labelers.
 
-        Their mean rank counts, in which moods cancel: the same answers teach more that way, and it is answers that take time.
-
-        One of the K answers another prompt. Without it the reward model never sees an answer that is off the point in good
-        style, scores style alone, and PPO comes to answer everything with a polite request.
+        Several models answer, as in the paper: a third of the K comes from the base model, one from another prompt, the others
+        from the fine-tuned model. Without those off the point the reward model scores style alone, and PPO comes to answer
+        everything with a polite request. The labelers' mean rank counts, in which moods cancel: the same answers teach more
+        that way, and it is answers that take time.
         """
         rng = np.random.default_rng([self.options.seed, 3])
         requests = make_requests("train", self.size.ranked_prompts, seed=self.options.seed + 1)
         counts = rng.integers(4, 10, size=len(requests))
         # Always two parts, whatever the number of cores, so that the answers are the same.
-        parts = np.array_split(np.arange(len(requests)), 2)
+        parts = [(requests[k::2], counts[k::2]) for k in range(2)]
         self.side_by_side(
             {
-                f"answers {k + 1}/2": (
-                    write_answers,
-                    (
-                        [requests[i].prompt for i in part for _ in range(counts[i] - 1)],
-                        self.options.seed + k,
-                        f"answers{k}",
-                    ),
-                )
+                f"answers {k + 1}/2": (write_answers, (*part, self.options.seed + k, f"answers{k}"))
                 for k, part in enumerate(parts)
             }
         )
-        answers = [text for k in range(2) for text in json.loads((self.out / f"answers{k}.json").read_text())]
-        rows, start = [], 0
-        for request, k in zip(requests, counts, strict=True):
-            texts = [*answers[start : start + k - 1], answers[int(rng.integers(len(answers)))]]
-            start += k - 1
-            ranks = np.mean([labeler.rank(request, texts, rng) for labeler in labelers.TRAINING_LABELERS], axis=0)
-            rows.append({"prompt": request.prompt, "completions": texts, "ranks": ranks.tolist()})
+        rows = []
+        for k, (part, _) in enumerate(parts):
+            groups = json.loads((self.out / f"answers{k}.json").read_text())
+            rows += self.ranked(part, groups, [labelers.TRAINING_LABELERS] * len(part), rng)
         write_text(self.out / "rankings.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n")
         for k in range(2):
             (self.out / f"answers{k}.json").unlink()
@@ -217,11 +212,13 @@ class Recipe(StagedRun):
         held_out = self.held_out_rankings()
         metrics = evaluate_reward_model(model, held_out["labeled"])
         ceiling = evaluate_noiseless(held_out)
+        own = fine_tuned_only(held_out)
         return {
             "accuracy_train_labelers": report.validation.accuracy if report.validation else None,
             "accuracy_held_out_labelers": metrics.accuracy,
             "accuracy_noiseless_labeler": ceiling,
             "share_of_noiseless": metrics.accuracy / ceiling,
+            "share_among_fine_tuned": evaluate_reward_model(model, own["labeled"]).accuracy / evaluate_noiseless(own),
             "accuracy_length_alone": metrics.length_accuracy,
             "labelers_agree": held_out["agreement"],
             "calibration_error": metrics.calibration_error,
@@ -332,24 +329,53 @@ class Recipe(StagedRun):
     def held_out_rankings(self) -> dict[str, Any]:
         """Answers to validation prompts, ranked by people whom the reward model has not learned from."""
         rng = np.random.default_rng([self.options.seed, 4])
-        requests = requests_of("validation")[: self.size.ranked_prompts]
-        prompts = [request.prompt for request in requests for _ in range(4)]
-        answers = self.answers(self.out / "sft", prompts, self.options.seed + 5)
-        rows: list[dict[str, Any]] = []
-        for i, request in enumerate(requests):
-            labeler = labelers.HELD_OUT_LABELERS[i % len(labelers.HELD_OUT_LABELERS)]
-            texts = answers[4 * i : 4 * i + 4]
-            ranks = [int(r) for r in labeler.rank(request, texts, rng)]
-            rows.append({"prompt": request.prompt, "completions": texts, "ranks": ranks})
+        requests = list(requests_of("validation")[: self.size.ranked_prompts])
+        groups = self.answer_groups(requests, np.full(len(requests), HELD_OUT_ANSWERS), self.options.seed + 5)
+        people = labelers.HELD_OUT_LABELERS
+        rows = self.ranked(requests, groups, [(people[i % len(people)],) for i in range(len(requests))], rng)
         cases = [(request, row["completions"]) for request, row in zip(requests, rows, strict=True)]
         pairs = itertools.pairwise(labelers.TRAINING_LABELERS)
         agreement = float(np.mean([labelers.agreement(a, b, cases, rng) for a, b in pairs]))
         return {"requests": requests, "labeled": rows, "agreement": agreement}
 
+    def answer_groups(
+        self,
+        requests: Sequence[Request],
+        counts: NDArray[np.int64],
+        seed: int,
+        advance: Advance = lambda share, text: None,
+    ) -> list[list[str]]:
+        """K - 1 answers per request, a third of K from the base model, the others from the fine-tuned model."""
+        from_base = counts // 3
+        texts = []
+        for model, shares in (("sft", counts - 1 - from_base), ("base", from_base)):
+            prompts = [request.prompt for request, n in zip(requests, shares, strict=True) for _ in range(n)]
+            answers = iter(self.answers(self.out / model, prompts, seed, advance))
+            texts.append([list(itertools.islice(answers, int(n))) for n in shares])
+        return [first + second for first, second in zip(*texts, strict=True)]
 
-def write_answers(recipe: Recipe, prompts: list[str], seed: int, name: str, advance: Advance) -> None:
-    """The fine-tuned model's answers, as JSON."""
-    write_json(recipe.out / f"{name}.json", recipe.answers(recipe.out / "sft", prompts, seed, advance))
+    def ranked(
+        self,
+        requests: Sequence[Request],
+        groups: list[list[str]],
+        panels: Sequence[Sequence[labelers.Labeler]],
+        rng: np.random.Generator,
+    ) -> list[dict[str, Any]]:
+        """Each request's answers and one to another request, with the mean of its panel's ranks."""
+        rows = []
+        for i, (request, group, panel) in enumerate(zip(requests, groups, panels, strict=True)):
+            other = groups[(i + int(rng.integers(1, len(groups)))) % len(groups)]
+            texts = [*group, other[int(rng.integers(len(other)))]]
+            ranks = np.mean([labeler.rank(request, texts, rng) for labeler in panel], axis=0)
+            rows.append({"prompt": request.prompt, "completions": texts, "ranks": ranks.tolist()})
+        return rows
+
+
+def write_answers(
+    recipe: Recipe, requests: list[Request], counts: NDArray[np.int64], seed: int, name: str, advance: Advance
+) -> None:
+    """Answers to requests, as JSON."""
+    write_json(recipe.out / f"{name}.json", recipe.answer_groups(requests, counts, seed, advance))
 
 
 def reinforce(recipe: Recipe, name: str, advance: Advance) -> None:
@@ -459,6 +485,15 @@ def evaluate_noiseless(held_out: dict[str, Any]) -> float:
                     agreed += 0.5 if mine == 0 else float((mine > 0) == (theirs > 0))
                     pairs += 1
     return agreed / pairs
+
+
+def fine_tuned_only(held_out: dict[str, Any]) -> dict[str, Any]:
+    """The same rankings, of the fine-tuned model's answers alone: nearer to each other, so harder to tell apart."""
+    kept = HELD_OUT_ANSWERS - 1 - HELD_OUT_ANSWERS // 3  # they stand first: see Recipe.answer_groups
+    rows = [
+        row | {"completions": row["completions"][:kept], "ranks": row["ranks"][:kept]} for row in held_out["labeled"]
+    ]
+    return held_out | {"labeled": rows}
 
 
 def neutral_loss(model: Any) -> float:
