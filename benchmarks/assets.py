@@ -50,9 +50,9 @@ def build_arithmetic(path: Path = arithmetic.ASSET, steps: int = 1500) -> None:
     tokenizer.save_pretrained(path)
 
 
-def build_assistant(path: Path = assistant.ASSETS, run: Path = Path("runs/assistant-assets")) -> None:
-    """Run the recipe in its large size, and keep base, fine-tuned and reward model, with a card that says what they can do."""
-    done = Recipe(DemoArguments(size="shipped", out=run)).run()
+def build_assistant(path: Path = assistant.ASSETS, run: Path = Path("runs/demo")) -> None:
+    """Run the recipe (`textenv demo`), and keep base, fine-tuned and reward model, with a card that says what they can do."""
+    done = Recipe(DemoArguments(out=run)).run()
     with quiet_loading():
         for name in ("base", "sft"):
             model = AutoModelForCausalLM.from_pretrained(run / name)
@@ -81,6 +81,7 @@ def card(figures: dict[str, Any], seconds: float) -> str:
         held_out=reward["accuracy_held_out_labelers"],
         noiseless=reward["accuracy_noiseless_labeler"],
         share=reward["share_of_noiseless"],
+        own=reward["share_among_fine_tuned"],
         length=reward["accuracy_length_alone"],
         ceiling=rows["ceiling"]["gold"],
     )
@@ -90,12 +91,12 @@ CARD = """# The models of `textenv/Assistant-v0`
 
 Three Llamas of two layers and width 128 (385,000 parameters each), in half precision, English of 446 words.
 
-- `base/` has read six million tokens of the world's web, with its lies and its rudeness.
+- `base/` has read three million tokens of the world's web, with its lies and its rudeness.
 - `sft/` has imitated 1,500 demonstrations. It is the environment's reference model, and what policies start from.
-- `reward/` has learned from simulated labelers' rankings of its answers. It is the environment's reward.
+- `reward/` has learned from simulated labelers' rankings of their answers. It is the environment's reward.
 
 ```bash
-python -m benchmarks.assets assistant    # {minutes:.0f} minutes on two cores
+python -m benchmarks.assets assistant    # {minutes:.0f} minutes on two cores: the models of `textenv demo --seed 0`
 ```
 
 On {prompts} requests that no stage had seen, one answer each at temperature 1, judged by the gold standard (ideal answers score
@@ -106,7 +107,7 @@ On {prompts} requests that no stage had seen, one answer each at temperature 1, 
 {rows}
 
 The reward model agrees with held-out labelers on {held_out:.1%} of the pairs of different ranks; the gold standard without any noise agrees on
-{noiseless:.1%} (so it reaches {share:.0%} of that), "the longer answer is better" on {length:.1%}. It inherits its labelers' taste for length.
+{noiseless:.1%} (so it reaches {share:.1%} of that; {own:.1%} among answers of the fine-tuned model alone), "the longer answer is better" on {length:.1%}. It inherits its labelers' taste for length.
 
 Meant for experiments with reinforcement learning; the models know nothing outside their small world. Their text holds insults
 and advice to do harm to the world's people and animals on purpose: so that harm can be measured, and unlearnt.

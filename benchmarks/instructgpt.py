@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,14 +71,18 @@ class Size:
     hidden_size: int = 128
 
 
-_PRETRAINING = PretrainingConfig(steps=4000, learning_rate=3e-3, matrix_learning_rate=5e-3)
-
 SIZES: dict[str, Size] = {
     "tiny": Size(20_000, PretrainingConfig(steps=30, batch_size=12), 2_000, 16, 1_500, 24, hidden_size=32),
     # Small batches: the model learns to copy from the prompt suddenly, after so many steps rather than so many tokens.
-    "default": Size(3_200_000, _PRETRAINING, 60_000, 8_000, 70_000, 600),
-    # The models that textenv/Assistant-v0 brings along.
-    "shipped": Size(6_000_000, replace(_PRETRAINING, steps=8_000), 80_000, 20_000, 100_000, 600),
+    # Seed 0 of this size made the models that come with textenv/Assistant-v0.
+    "default": Size(
+        3_200_000,
+        PretrainingConfig(steps=4000, learning_rate=3e-3, matrix_learning_rate=5e-3),
+        sft_tokens=60_000,
+        ranked_prompts=8_000,
+        ppo_tokens=70_000,
+        judged_prompts=600,
+    ),
 }
 
 
@@ -88,9 +92,8 @@ class DemoArguments:
 
     seed: int = 0
     """Of every stage."""
-    size: Literal["tiny", "default", "shipped"] = "default"
-    """`tiny` shows that everything runs, in half a minute; its results mean nothing. `shipped` made the models that come with
-    `textenv/Assistant-v0`."""
+    size: Literal["tiny", "default"] = "default"
+    """`tiny` shows that everything runs, in half a minute; its results mean nothing."""
     out: Path = Path("runs/demo")
     """Run directory."""
     device: str = "cpu"
