@@ -27,7 +27,9 @@ LOWER_IS_BETTER = frozenset(
 )
 NEITHER = frozenset({"kl", "length", "words"})
 """What is described and not judged: a KL is the price of a reward, which `objective` counts."""
-OF_THE_TASK = frozenset({"beta", "optimum", "optimum_reward", "optimum_kl", "reward_reference", "frontier_reward"})
+OF_THE_TASK = frozenset(
+    {"beta", "optimum", "optimum_reward", "optimum_kl", "reward_reference", "frontier_reward", "best_greedy_score"}
+)
 """What is no figure of the agent."""
 
 
@@ -119,8 +121,14 @@ def policy_of(agent: Any) -> Any:
     """What an environment can evaluate or attach: the agent's distribution over completions where it is known, or its policy."""
     if hasattr(agent, "completion_log_probs"):
         return agent.completion_log_probs()
-    if hasattr(agent.policy, "log_probs"):
-        return agent.policy
+    policy = getattr(agent, "policy", None)
+    if hasattr(policy, "log_probs"):
+        return policy
+    if policy is None:
+        raise ValueError(
+            f"The exact score is that of a policy, and {type(agent).__name__} has no `policy` with `log_probs` (or `log_probs_all`): give it "
+            "one, or measure its answers only (a suite with metrics=('sampled',))."
+        )
     from agents.sb3 import as_policy
 
     return as_policy(agent)
@@ -138,6 +146,17 @@ def exact_figures(lanes: Any, policy: Any) -> dict[str, float]:
         "reward_reference": float(np.exp(lanes.leaves.log_ref) @ lanes.leaves.rewards),
         "frontier_reward": float(lanes.frontier(BETAS).bound(result["kl"])),
     }
+
+
+def greedy(answers: Answers) -> dict[str, float]:
+    """The best score of a policy that says one completion always, as `DQN`'s does: its KL is -log ref of that completion."""
+    lanes = answers.lanes
+    if not hasattr(lanes, "solve"):
+        return {}
+    leaves = lanes.leaves
+    floor = float(np.exp(leaves.log_ref) @ leaves.rewards)
+    best = float((leaves.rewards + lanes.kl.beta * leaves.log_ref).max())
+    return {"best_greedy_score": (best - floor) / (lanes.solve().value - floor)}
 
 
 def pass_at(answers: Answers) -> dict[str, float]:
@@ -181,6 +200,7 @@ def assistant(answers: Answers) -> dict[str, float]:
 METRICS: Mapping[str, Callable[[Answers], dict[str, float]]] = {
     "sampled": sampled,
     "exact": exact,
+    "greedy": greedy,
     "pass_at": pass_at,
     "assistant": assistant,
 }

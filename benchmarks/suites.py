@@ -270,44 +270,85 @@ BETA_SWEEP_EXACT = Suite(
 # ---------------------------------------------------------------------- stable-baselines3, unmodified
 
 SB3 = "benchmarks.factories:sb3"
-SB3_ROLLOUT: dict[str, Any] = {"gamma": 1.0, "n_steps": 16, "batch_size": 256, "n_epochs": 4, "learning_rate": 2e-3}
+SB3_PPO: dict[str, Any] = {"algorithm": "PPO", "gamma": 1.0, "n_steps": 16, "batch_size": 256, "n_epochs": 4}
+DQN = Preset(
+    agent=SB3,
+    config={
+        "algorithm": "DQN", "gamma": 1.0, "learning_rate": 2e-3, "batch_size": 128, "buffer_size": 10_000,
+        "learning_starts": 1_000, "train_freq": 1, "target_update_interval": 500, "exploration_fraction": 0.5,
+    },
+    tokens=10_000,
+    lanes=16,
+    env={"kl": "reference"},
+    decay=False,
+    follows_j=False,
+)  # fmt: skip
+"""A greedy choice has log pi = 0, so what is left of the KL penalty is beta log ref, which the environment pays by itself."""
 
 THIRD_PARTY = Suite(
     title="Agents of stable-baselines3 and sb3-contrib, unmodified, beside our own",
     tasks={structure: replace(tree(structure), first_task_seed=2000) for structure in ("random", "trap")},
     agents={
-        "PPO": Preset(agent="PPO", config={"learning_rate": 2e-3, "minibatch_episodes": 64}, tokens=20_000),
-        "A2C": Preset(agent="A2C", config={"learning_rate": 4e-3, "episodes_per_update": 128}, tokens=40_000),
-        "sb3 PPO": Preset(agent=SB3, config={"algorithm": "PPO"} | SB3_ROLLOUT, tokens=20_000, decay=False),
+        "PPO": Preset(agent="PPO", config={"learning_rate": 2e-3, "minibatch_episodes": 64}, tokens=10_000, lanes=64),
+        "A2C": Preset(
+            agent="A2C", config={"learning_rate": 4e-3, "episodes_per_update": 128}, tokens=20_000, lanes=64
+        ),
+        "sb3 PPO": Preset(
+            agent=SB3, config=SB3_PPO | {"learning_rate": 2e-3}, tokens=10_000, lanes=64, decay=False
+        ),
         "sb3 A2C": Preset(
             agent=SB3,
             config={"algorithm": "A2C", "gamma": 1.0, "n_steps": 8, "learning_rate": 2e-3},
-            tokens=40_000,
+            tokens=20_000,
+            lanes=64,
             decay=False,
         ),
         "sb3-contrib MaskablePPO": Preset(
             agent=SB3,
-            config={"library": "sb3_contrib", "algorithm": "MaskablePPO"} | SB3_ROLLOUT,
-            tokens=20_000,
+            config=SB3_PPO | {"library": "sb3_contrib", "algorithm": "MaskablePPO", "learning_rate": 2e-3},
+            tokens=10_000,
+            lanes=64,
             decay=False,
         ),
         "sb3-contrib TRPO": Preset(
             agent=SB3,
             config={
-                "library": "sb3_contrib", "algorithm": "TRPO", "gamma": 1.0, "n_steps": 8, "batch_size": 1024,
-                "sub_sampling_factor": 2, "target_kl": 0.05, "cg_max_steps": 3, "n_critic_updates": 5, "learning_rate": 1e-2,
+                "library": "sb3_contrib", "algorithm": "TRPO", "gamma": 1.0, "n_steps": 16, "batch_size": 1024,
+                "target_kl": 0.1, "cg_max_steps": 3,
             },
-            tokens=8_000,
+            tokens=2_000,
+            lanes=64,
             decay=False,
         ),
+        "sb3 DQN": DQN,
+        "sb3 DQN untrained": replace(DQN, trains=False),
+        "Reference": REFERENCE,
     },
     seeds=5,
-    metrics=("exact",),
+    metrics=("exact", "greedy"),
     headline="score",
     bounded="score",
-    columns=("regret", "reward", "kl"),
+    columns=("regret", "reward", "kl", "best_greedy_score"),
 )  # fmt: skip
-"""Not tuned on these tasks; TRPO is slow, so its runs are short."""
+"""Not tuned on these tasks; TRPO is slow, so its runs are short. Agents with our language model as their policy start as the
+`Reference`, DQN as the untrained one."""
+
+THIRD_PARTY_TEXT = Suite(
+    title="What PPO of stable-baselines3, unmodified, gains on held-out requests",
+    tasks={"assistant": ASSISTANT_TASK},
+    agents={
+        "sb3 PPO": Preset(
+            agent=SB3,
+            config=SB3_PPO | {"n_steps": 32, "n_epochs": 1, "learning_rate": 4e-4},
+            lanes=64,
+            decay=False,
+        ),
+        "Reference": REFERENCE,
+    },
+    seeds=5,
+    tokens=30_000,
+)
+"""The `Reference` is the agent before training: it answers the same prompts."""
 
 
 # ---------------------------------------------------------------------- others
@@ -340,6 +381,7 @@ SUITES: dict[str, Suite] = {
     "beta-sweep": BETA_SWEEP,
     "beta-sweep-exact": BETA_SWEEP_EXACT,
     "third-party": THIRD_PARTY,
+    "third-party-text": THIRD_PARTY_TEXT,
     "custom": Suite(title="Your tasks and agents, from the command line", tasks={}, agents={}),
 }
 """What `textenv bench` knows by name."""

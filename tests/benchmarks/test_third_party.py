@@ -1,40 +1,71 @@
-"""The table of third parties: its intervals, its cells, and one small run of each kind."""
+"""Agents of stable-baselines3 and sb3-contrib in the runner: small runs, and what they start from."""
 
-from __future__ import annotations
+from dataclasses import replace
 
-from pathlib import Path
-from typing import Any
-
+import numpy as np
 import pytest
 
-from benchmarks import third_party
-from benchmarks.third_party import ThirdPartyArguments, cell, interval, run_third_party
+from benchmarks.run import cells, make_env, play
+from benchmarks.suites import THIRD_PARTY, THIRD_PARTY_TEXT
+
+TINY = {"vocab_size": 3, "horizon": 2}
+TASK = replace(THIRD_PARTY.tasks["random"], settings=TINY | {"structure": "random"})
 
 
-def test_the_interval_is_students() -> None:
-    # mean 3, deviation sqrt(2.5), t(0.975, 4) = 2.776: 3 -+ 2.776 * sqrt(2.5) / sqrt(5) = 3 -+ 1.963
-    assert interval([1.0, 2.0, 3.0, 4.0, 5.0]) == "3.000 [1.037, 4.963]"
-    assert interval([1.0]) == "1.000"
+def small(name, **config):
+    """The row of a short run on a tiny tree."""
+    preset = THIRD_PARTY.agents[name]
+    preset = replace(preset, tokens=64, lanes=8, config=dict(preset.config) | config)
+    (cell,) = cells("third-party", replace(THIRD_PARTY, tasks={"random": TASK}, agents={name: preset}, seeds=1))
+    row = play(cell)
+    assert "error" not in row, row.get("traceback")
+    return cell, row
 
 
-def test_a_finished_cell_is_not_run_again(tmp_path: Path) -> None:
-    first = cell(tmp_path / "a.json", lambda: {"after": 1.0})
-    assert first["after"] == 1.0
-    assert cell(tmp_path / "a.json", lambda: pytest.fail("it was run again")) == first
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("sb3 PPO", {"n_steps": 4, "batch_size": 32}),
+        ("sb3-contrib MaskablePPO", {"n_steps": 4, "batch_size": 32}),
+        ("sb3-contrib TRPO", {"n_steps": 4, "batch_size": 32}),
+        ("sb3 A2C", {}),
+    ],
+)
+def test_policies_over_our_model_learn_from_the_reference_on(name, config):
+    _, row = small(name, **config)
+    assert row["accounts"]["timesteps"] >= 64
+    assert 0 < row["metrics"]["kl"] < 5
+    assert row["curve"]["score"][-1] == row["metrics"]["score"]
 
 
-def test_a_small_run_writes_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small: dict[str, Any] = {
-        name: settings for name, (_, settings) in third_party.TREE.items() if "PPO" in name or "DQN" in name
-    }
-    monkeypatch.setattr(third_party, "TREE", {name: (100, settings) for name, settings in small.items()})
-    monkeypatch.setattr(third_party, "ASSISTANT_TOKENS", 1)
-    monkeypatch.setattr(third_party, "ASSISTANT", third_party.ASSISTANT | {"n_steps": 2, "batch_size": 128})
-    monkeypatch.setattr(third_party, "HELD_OUT", 8)
-    text = run_third_party(ThirdPartyArguments(seeds=1, out=tmp_path))
-    assert (tmp_path / "table.md").read_text() == text
-    lines = text.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:6]] == list(small)
-    assert lines[2].split("|")[3].strip() == "0.000"  # LMPolicy starts as the reference
-    (kl,) = [line for line in lines if line.startswith("| kl |")]
-    assert kl.split("|")[2].strip() == "0.000"
+def test_dqn_ends_and_begins_as_a_greedy_policy():
+    untrained = replace(THIRD_PARTY.agents["sb3 DQN"], trains=False)
+    assert THIRD_PARTY.agents["sb3 DQN untrained"] == untrained
+    cell, trained = small("sb3 DQN", learning_starts=8)
+    _, before = small("sb3 DQN untrained")
+    leaves = make_env(cell, 2).unwrapped.leaves
+    # One completion always: its reward, and a KL of -log ref. All of them, one by one:
+    beta, optimum = trained["metrics"]["beta"], trained["metrics"]["optimum"]
+    floor = sum(np.exp(log_ref) * reward for log_ref, reward in zip(leaves.log_ref, leaves.rewards, strict=True))
+    values = [reward - beta * -log_ref for log_ref, reward in zip(leaves.log_ref, leaves.rewards, strict=True)]
+    scores = [(value - floor) / (optimum - floor) for value in values]
+    for row in (before, trained):
+        assert min(abs(row["metrics"]["score"] - score) for score in scores) < 1e-6
+        assert row["metrics"]["best_greedy_score"] == pytest.approx(max(scores))
+
+
+def test_what_is_gained_on_text_is_measured_against_the_reference_on_the_same_prompts():
+    task = replace(THIRD_PARTY_TEXT.tasks["assistant"], prompts=8)
+    sb3 = THIRD_PARTY_TEXT.agents["sb3 PPO"]
+    sb3 = replace(sb3, lanes=8, config=dict(sb3.config) | {"n_steps": 24, "batch_size": 64})
+    agents = {"sb3 PPO": sb3, "Reference": THIRD_PARTY_TEXT.agents["Reference"]}
+    suite = replace(THIRD_PARTY_TEXT, tasks={"assistant": task}, agents=agents, seeds=1, tokens=1)
+    after, before = map(play, cells("third-party-text", suite))
+    assert "error" not in after, after.get("traceback")
+    assert [s["prompt"] for s in after["samples"]] == [s["prompt"] for s in before["samples"]]
+    assert before["metrics"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert before["metrics"]["objective"] == pytest.approx(before["metrics"]["reward"], abs=1e-5)
+    assert abs(after["metrics"]["kl"]) > 1e-3
+    assert after["metrics"]["objective"] == pytest.approx(
+        after["metrics"]["reward"] - after["metrics"]["beta"] * after["metrics"]["kl"]
+    )
