@@ -27,9 +27,8 @@ def isolate() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "unshare") or libc.unshare(NEW_USER | NEW_PROCESSES | NEW_NETWORK) != 0:
         os._exit(NO_NAMESPACE)
-    for _ in range(
-        2
-    ):  # the first child is the new process namespace's init: when it ends, the kernel ends all the others
+    # The first child is the new process namespace's init: when it ends, the kernel ends all the others.
+    for _ in range(2):
         child = os.fork()
         if child:
             _, status = os.waitpid(child, 0)

@@ -148,6 +148,16 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         return self.behaviour.allowed(self._tokens, self.vocab_size)
 
     @property
+    def observations(self) -> INTS:
+        """What the lanes show now. Shape: (N, L)."""
+        return self._tokens.copy()
+
+    @property
+    def active(self) -> NDArray[np.bool_]:
+        """Whose episode goes on; the actions of the other lanes are ignored. Shape: (N,)."""
+        return ~self._done
+
+    @property
     def tokenizer(self) -> Any:
         """The task's tokenizer."""
         return self.task.tokenizer

@@ -71,13 +71,13 @@ class _Ranks:
             raise InvalidAction(
                 f"Expected actions to be {shape[0]} ranks (integers of shape {shape}), got {ranks.dtype} of shape {ranks.shape}."
             )
-        active = ~self.lanes._done  # others' actions are ignored
+        active = self.lanes.active
         inside = (ranks >= 0) & (ranks < self.k)
         if (bad := active & ~inside).any():
             lane = int(bad.argmax())
             raise InvalidAction(f"Lane {lane}: expected a rank between 0 and {self.k - 1}, got {ranks[lane]}.")
         ranks = np.where(inside, ranks, 0)
-        observations, every = self.lanes._tokens, np.arange(len(ranks))
+        observations, every = self.lanes.observations, np.arange(len(ranks))
         if self.lanes.behaviour.action_mask is not None:
             allowed = self.allowed(observations)
             if (bad := active & ~allowed[every, ranks]).any():
@@ -137,11 +137,11 @@ class TopKVectorEnv(gym.vector.VectorWrapper[INTS, INTS, INTS, INTS, NDArray[Any
 
     def action_tokens(self) -> INTS:
         """The token that each action stands for at the current observations, the most probable first. Shape: (N, k)."""
-        return self._ranks.tokens(self._ranks.lanes._tokens)
+        return self._ranks.tokens(self._ranks.lanes.observations)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Allowed actions: all k, unless an action mask leaves fewer tokens. Shape: (N, k), True = allowed."""
-        return self._ranks.allowed(self._ranks.lanes._tokens)
+        return self._ranks.allowed(self._ranks.lanes.observations)
 
     def attach_policy(self, policy: PolicyLike, pay: bool = True) -> None:
         """Measure, and pay, the KL of a policy over ranks: see `TextVectorEnv.attach_policy`."""
@@ -169,11 +169,11 @@ class TopKEnv(gym.Wrapper[INTS, np.int64, INTS, np.int64], gym.utils.RecordConst
 
     def action_tokens(self) -> INTS:
         """The token that each action stands for, the most probable first. Shape: (k,)."""
-        return self._ranks.tokens(self._ranks.lanes._tokens)[0]
+        return self._ranks.tokens(self._ranks.lanes.observations)[0]
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Allowed actions. Shape: (k,), True = allowed."""
-        return self._ranks.allowed(self._ranks.lanes._tokens)[0]
+        return self._ranks.allowed(self._ranks.lanes.observations)[0]
 
     def attach_policy(self, policy: PolicyLike, pay: bool = True) -> None:
         """See `TopKVectorEnv.attach_policy`."""
