@@ -103,7 +103,7 @@ def bag_of_words(parts: dict[str, Pairs]) -> list[NDArray[np.float64]]:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise RewardError(f"the bag of words needs scikit-learn: pip install scikit-learn ({error})") from error
+        raise RewardError(f"the bag of words needs scikit-learn: pip install 'textenv[peers]' ({error})") from error
 
     started = time.process_time()
     vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True)

@@ -36,17 +36,26 @@ def wheel_python(tmp_path_factory):
     return python
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_the_wheel_imports_without_the_checkout(wheel_python, package, tmp_path):
+def test_the_wheel_imports_without_the_checkout(wheel_python, tmp_path):
     code = (
-        f"import {package}, pathlib; p = pathlib.Path({package}.__file__); print(p, (p.parent / 'py.typed').exists())"
+        f"import importlib, pathlib\nfor name in {PACKAGES}:\n"
+        "    p = pathlib.Path(importlib.import_module(name).__file__)\n"
+        "    print(p, (p.parent / 'py.typed').exists())"
     )
     ran = subprocess.run([str(wheel_python), "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    location, typed = ran.stdout.split()
-    assert "site-packages" in location
-    assert str(ROOT) not in location
-    assert typed == "True"
+    found = [line.split() for line in ran.stdout.splitlines()]
+    assert len(found) == len(PACKAGES)
+    for location, typed in found:
+        assert "site-packages" in location
+        assert str(ROOT) not in location
+        assert typed == "True"
+
+
+def test_the_program_of_the_wheel_lists_the_environments(wheel_python, tmp_path):
+    ran = subprocess.run([str(wheel_python), "-m", "textenv", "envs"], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "textenv/Tree-v0" in ran.stdout
 
 
 def test_an_environment_is_made_from_the_wheel_alone(wheel_python, tmp_path):
