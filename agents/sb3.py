@@ -62,7 +62,10 @@ def as_vec_env(envs: Any) -> TextVecEnv:
             "Expected a vector environment, got a single one: make it with gymnasium.make_vec(id, num_envs=...)."
         )
     if not isinstance(envs, gym.vector.VectorEnv) or not isinstance(envs.unwrapped, TextVectorEnv):
-        raise ValueError(f"Expected a textenv vector environment, got {envs!r}.")
+        raise ValueError(
+            f"Expected a textenv vector environment, got {envs!r}: make it with gymnasium.make_vec(id, num_envs=...), without a "
+            "vectorization_mode."
+        )
     if envs.metadata["autoreset_mode"] is not AutoresetMode.SAME_STEP:
         raise ValueError(
             f"stable-baselines3 resets on the step that ends an episode, got autoreset_mode {envs.metadata['autoreset_mode'].name}: make "

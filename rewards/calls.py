@@ -21,6 +21,18 @@ from rewards.base import SERVICES, Combination, RewardError, RewardFunction, Rew
 from rewards.signatures import check_is_reward, reward_name
 
 
+class _SignatureOfReward:
+    """``__signature__``: an instance has that of its reward. The class has none, so that ``help`` shows its own parameters."""
+
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature | None:
+        if instance is None:
+            raise AttributeError("__signature__")
+        try:
+            return inspect.signature(instance.reward)
+        except (TypeError, ValueError):
+            return None
+
+
 class Cached:
     """A deterministic reward that is asked once about each completion, and remembers the answer.
 
@@ -57,9 +69,7 @@ class Cached:
                 "can be cached. Remedy: do not cache it"
             )
 
-    @property
-    def __signature__(self) -> inspect.Signature | None:
-        return _signature(self.reward)
+    __signature__ = _SignatureOfReward()
 
     def __repr__(self) -> str:
         return f"Cached({self.reward!r}, size={self.size})"
@@ -130,9 +140,7 @@ class TimeLimit:
     def __name__(self) -> str:
         return reward_name(self.reward)
 
-    @property
-    def __signature__(self) -> inspect.Signature | None:
-        return _signature(self.reward)
+    __signature__ = _SignatureOfReward()
 
     def __call__(self, **arguments: Any) -> Any:
         """Score B completions."""
@@ -178,13 +186,6 @@ def _check_function(reward: Any, wrapper: str) -> None:
             f"{wrapper} got a {type(reward).__name__}; expected one function. Remedy: wrap the rewards in it that are slow, "
             f'e.g. WeightedSum({{"name": ({wrapper}(reward, ...), 1.0), ...}})'
         )
-
-
-def _signature(reward: RewardFunction) -> inspect.Signature | None:
-    try:
-        return inspect.signature(reward)
-    except (TypeError, ValueError):
-        return None
 
 
 def _digest(row: Any) -> bytes:

@@ -246,6 +246,11 @@ def read_examples(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         RewardError: An example has other entries than the first.
     """
+    for example in examples:
+        if not isinstance(example, Mapping):
+            raise RewardError(
+                f'expected a list of examples such as {{"prompt": ..., "completion": ...}}, got {shorten(repr(example))} in it'
+            )
     names = set(examples[0]) if examples else {"prompt", "completion"}
     for number, example in enumerate(examples):
         if set(example) != names or not {"prompt", "completion"} <= names:

@@ -443,9 +443,15 @@ def _label_number(label: str | int | None, names: dict[int, str]) -> int:
 
 def _load_classifier(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Load a sequence classifier whose weights are all there."""
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        name_or_path, output_loading_info=True, **kwargs
-    )
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path, output_loading_info=True, **kwargs
+        )
+    except OSError as error:
+        raise RewardError(
+            f"could not load a sequence classifier from {str(name_or_path)!r} ({type(error).__name__}); expected a directory that "
+            "save_pretrained has written, or a name that the hub knows. Remedy: check the name, your connection and HF_HUB_OFFLINE"
+        ) from error
     if missing := sorted(loading["missing_keys"]):
         raise RewardError(
             f"{str(name_or_path)!r} lacks the weights {missing[:3]}, so its scores would be random; expected a "

@@ -97,7 +97,7 @@ def check_reward(
         started = time.perf_counter()
         scores = score(everything)
         seconds_per_batch = time.perf_counter() - started
-        compare(scores, score(everything), "is not deterministic: another call", "seed it")
+        compare(scores, score(everything), "is not deterministic: on another call, the completion", "seed it")
         started = time.perf_counter()
         singles = np.concatenate([score([index]) for index in everything])
         seconds_per_completion = (time.perf_counter() - started) / len(examples)

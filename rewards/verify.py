@@ -193,13 +193,18 @@ class PassesTests:
             )
 
     def __call__(
-        self, prompts: Sequence[Completion], completions: Sequence[Completion], tests: Sequence[Any], **columns: Any
+        self,
+        completions: Sequence[Completion],
+        tests: Sequence[Any],
+        prompts: Sequence[Completion] | None = None,
+        **columns: Any,
     ) -> list[float | None]:
         """Score B completions against the column ``tests``; None where there are none."""
-        heads = [completion_text(prompt) if self.with_prompt else "" for prompt in prompts]
-        programs = [
-            head + program(completion_text(completion)) for head, completion in zip(heads, completions, strict=True)
-        ]
+        programs = [program(completion_text(completion)) for completion in completions]
+        if self.with_prompt:
+            if prompts is None:
+                raise RewardError("PassesTests(with_prompt=True) got no prompts; expected one for each completion")
+            programs = [completion_text(prompt) + rest for prompt, rest in zip(prompts, programs, strict=True)]
         with ThreadPoolExecutor(self.workers or os.cpu_count()) as pool:
             return list(pool.map(self._score, programs, map(_checked_tests, tests)))
 

@@ -87,7 +87,11 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
                 f"group_size={group_size} does not fit num_envs={num_envs}: one must be a multiple of the other, so that groups fill up."
             )
         if render_mode is not None and render_mode not in RENDER_MODES:
-            raise ValueError(f"Expected render_mode to be one of {RENDER_MODES} or None, got {render_mode!r}.")
+            hint = " stable-baselines3 asks for it where it makes environments from an id: pass them made."
+            raise ValueError(
+                f"Expected render_mode to be one of {RENDER_MODES} or None, got {render_mode!r}."
+                + (hint if render_mode == "rgb_array" else "")
+            )
         self.task, self.render_mode = task, render_mode
         self.num_envs, self.group_size = num_envs, group_size
         self.vocab_size = task.vocab_size

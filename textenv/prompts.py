@@ -62,6 +62,10 @@ def load_splits(source: PromptSource) -> dict[str | None, list[dict[str, Any]]]:
     if isinstance(source, Mapping):
         if not source:
             raise ValueError("Expected at least one split in the mapping of prompts, got none.")
+        if "prompt" in source:
+            raise ValueError(
+                "Expected a mapping of prompts to hold splits, such as {'train': [...]}, got one of columns. Pass a list of rows: [{'prompt': ...}]."
+            )
         return {str(name): _rows(rows, f"split {name!r}") for name, rows in source.items()}
     return {None: _rows(source, "the list of prompts")}
 

@@ -54,7 +54,12 @@ class Behaviour:
         if self.action_mask is None:
             return np.ones(shape, bool)
         mask = self.action_mask(observations) if callable(self.action_mask) else self.action_mask
-        mask = np.array(np.broadcast_to(np.asarray(mask), shape))
+        mask = np.asarray(mask)
+        if mask.shape not in (shape, (vocab_size,)):
+            raise ValueError(
+                f"Expected the action mask of {shape[0]} observations to have the shape {shape}, got {mask.shape}."
+            )
+        mask = np.array(np.broadcast_to(mask, shape))
         if mask.dtype != np.bool_:
             raise ValueError(f"Expected the action mask to be bool (True = allowed), got dtype {mask.dtype}.")
         if not mask.any(axis=1).all():

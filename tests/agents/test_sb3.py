@@ -189,6 +189,7 @@ def test_attributes_and_methods_are_those_of_the_environment(letters: Any) -> No
         (lambda letters: gym.make(TREE), "got a single one: make it with gymnasium.make_vec"),
         (lambda letters: letters(autoreset_mode="NEXT_STEP"), "got autoreset_mode NEXT_STEP"),
         (lambda letters: gym.make_vec("CartPole-v1", num_envs=2), "Expected a textenv vector environment"),
+        (lambda letters: gym.make_vec(TREE, num_envs=1, vectorization_mode="sync"), "without a vectorization_mode"),
     ],
 )
 def test_what_is_no_such_environment_is_refused(letters: Any, make: Any, message: str) -> None:

@@ -1,6 +1,7 @@
 """From a cache, and under a time limit."""
 
 import asyncio
+import inspect
 import pickle
 import threading
 import time
@@ -60,6 +61,12 @@ def test_cached_keeps_name_and_signature():
     assert pickle.loads(pickle.dumps(cached))(completions=["a"], answer=["a"]) == [1.0]
     examples = [{"prompt": "p", "completion": c, "answer": np.array([1])} for c in "ab"]
     assert check_reward(Cached(lambda completions, answer: [float(a[0]) for a in answer]), examples).scores == (1, 1)
+
+
+def test_the_wrappers_show_their_own_parameters():
+    assert list(inspect.signature(Cached).parameters) == ["reward", "size"]
+    assert list(inspect.signature(TimeLimit).parameters) == ["reward", "seconds"]
+    assert list(inspect.signature(TimeLimit(exact_match, 1.0)).parameters) == ["completions", "answer", "columns"]
 
 
 def test_cached_async_and_arrays():

@@ -141,6 +141,12 @@ def test_a_checkpoint_without_a_head_is_refused(language_model, tokenizer, tmp_p
         RewardModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("load", [RewardModel.from_pretrained, Classifier.from_pretrained])
+def test_a_checkpoint_that_does_not_exist_is_refused(load):
+    with pytest.raises(RewardError, match=r"could not load a sequence classifier from '/nowhere'.*check the name"):
+        load("/nowhere")
+
+
 def test_what_is_no_classifier_is_refused(language_model, tokenizer):
     with pytest.raises(RewardError, match=r"no `score` head; .*from_language_model"):
         RewardModel(language_model, tokenizer)

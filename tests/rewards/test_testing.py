@@ -85,6 +85,12 @@ def test_a_reward_may_compare_on_purpose():
     assert check_reward(centred, EXAMPLES, independent=False).scores == (0, 1, -1)
 
 
+@pytest.mark.parametrize("examples", [["a", "b"], {"prompt": ["a"], "completion": ["b"]}])
+def test_examples_that_are_no_mappings(examples):
+    with pytest.raises(RewardError, match=r"expected a list of examples such as .*, got '(a|prompt)' in it"):
+        check_reward(exact_match, examples)
+
+
 def test_bad_examples():
     with pytest.raises(RewardError, match="at least two"):
         check_reward(exact_match, EXAMPLES[:1])

@@ -132,6 +132,10 @@ def test_columns_and_prompts(run):
     assert reward(prompts=[head, head], completions=[body, body], tests=["assert double(2) == 4", None]) == [1, None]
     with pytest.raises(RewardError, match="`tests` holds 3; expected Python source"):
         reward(prompts=["a"], completions=["a"], tests=[3])
+    with pytest.raises(RewardError, match=r"with_prompt=True.* got no prompts"):
+        reward(completions=[body], tests=["assert double(2) == 4"])
+    alone = PassesTests(allow_network=not isolates())
+    assert alone(completions=[head + body], tests=["assert double(2) == 4"]) == [1]
 
 
 @pytest.mark.parametrize("leave", ["import sys; sys.exit(0)", "import os; os._exit(0)", "exit()"])

@@ -151,6 +151,8 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
     ("mask", "message"),
     [
         (lambda observations: np.zeros((1, 8), bool), "forbids every token at some observation"),
+        (lambda observations: np.ones((1, 7), bool), r"to have the shape \(1, 8\), got \(1, 7\)"),
+        (lambda observations: np.ones((1, 1), bool), r"to have the shape \(1, 8\), got \(1, 1\)"),
         (lambda observations: np.ones((1, 8)), "to be bool .* got dtype float64"),
     ],
 )

@@ -53,6 +53,7 @@ def test_an_unknown_id_is_answered_with_the_nearest_one() -> None:
         ({"stop_tokens": [1, 16]}, r"stop tokens between 0 and 15, got \[16\]"),
         ({"split": "test"}, "These prompts have no splits, so split='test' cannot be had"),
         ({"prompts": {"train": ["a"], "test": ["b"]}, "split": "tets"}, r"Unknown split 'tets'; .*Did you mean `test`\?"),
+        ({"prompts": {"prompt": ["a", "b"]}}, r"hold splits, .*, got one of columns. Pass a list of rows"),
         ({"tokenizer": None}, "does not carry its tokenizer: pass tokenizer="),
         ({"tokenizer": "/nowhere"}, "Could not load a tokenizer from '/nowhere'"),
         ({"model": None}, "model= to be a hub name, a directory or a loaded causal language model, got None"),
@@ -136,7 +137,9 @@ def test_there_is_at_least_one_lane(make_vec: Any) -> None:
 
 
 def test_an_unknown_render_mode_is_refused(make_vec: Any) -> None:
-    with pytest.raises(ValueError, match=r"render_mode to be one of \['ansi', 'human'\] or None, got 'rgb_array'"):
+    with pytest.raises(
+        ValueError, match=r"render_mode to be one of \['ansi', 'human'\] or None, got 'rgb_array'.*id: pass"
+    ):
         make_vec(1, render_mode="rgb_array")
 
 
