@@ -172,8 +172,8 @@ class Recipe(StagedRun):
 
         Several models answer, as in the paper: a third of the K comes from the base model, one from another prompt, the others
         from the fine-tuned model. Without those off the point the reward model scores style alone, and PPO comes to answer
-        everything with a polite request. The labelers' mean rank counts, in which moods cancel: the same answers teach more
-        that way, and it is answers that take time.
+        everything with a polite request. Every labeler ranks them, so that moods cancel: the same answers teach more that way,
+        and it is answers that take time.
         """
         rng = np.random.default_rng([self.options.seed, 3])
         requests = make_requests("train", self.size.ranked_prompts, seed=self.options.seed + 1)
@@ -193,7 +193,7 @@ class Recipe(StagedRun):
         write_text(self.out / "rankings.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n")
         for k in range(2):
             (self.out / f"answers{k}.json").unlink()
-        return {"prompts": len(rows), "answers": int(counts.sum())}
+        return {"prompts": len(requests), "answers": int(counts.sum())}
 
     def make_reward(self) -> dict[str, Any]:
         """Train the reward model, and hold it against labelers it has not learned from."""
@@ -364,13 +364,14 @@ class Recipe(StagedRun):
         panels: Sequence[Sequence[labelers.Labeler]],
         rng: np.random.Generator,
     ) -> list[dict[str, Any]]:
-        """Each request's answers and one to another request, with the mean of its panel's ranks."""
+        """Each request's answers and one to another request, ranked by everybody of its panel: a row for each of them."""
         rows = []
         for i, (request, group, panel) in enumerate(zip(requests, groups, panels, strict=True)):
             other = groups[(i + int(rng.integers(1, len(groups)))) % len(groups)]
             texts = [*group, other[int(rng.integers(len(other)))]]
-            ranks = np.mean([labeler.rank(request, texts, rng) for labeler in panel], axis=0)
-            rows.append({"prompt": request.prompt, "completions": texts, "ranks": ranks.tolist()})
+            for labeler in panel:
+                ranks = labeler.rank(request, texts, rng)
+                rows.append({"prompt": request.prompt, "completions": texts, "ranks": ranks.tolist()})
         return rows
 
 

@@ -217,7 +217,9 @@ def train_reward_model(
     """Train a reward model: Adam (0.9, 0.95), cosine schedule to a tenth, then the offset.
 
     Args:
-        rankings: A JSONL file or an iterable of mappings; see :func:`read_rankings`.
+        rankings: A JSONL file or an iterable of mappings; see :func:`read_rankings`. Rankings of the same completions of a
+            prompt by several people are read in one forward pass and count together: where people disagree, a pair
+            pulls its scores apart less.
         model: What to start from: a causal language model (or its name or directory), or a :class:`RewardModel` or
             sequence classifier to train further. Not changed: a copy is trained.
         tokenizer: Its tokenizer; may be left out if ``model`` brings one.
@@ -258,10 +260,11 @@ def train_reward_model(
     train = [ranking for ranking in train if tie_weight > 0 or _pairs(ranking)]
     if not train:
         raise RewardError("no ranking to train on has a pair of different ranks; expected at least one")
-    sequences = _encode(reward_model, train)
+    panels = _panels(train)
+    sequences = _encode(reward_model, [train[panel[0]] for panel in panels])
     ranks = [torch.tensor(ranking.ranks, device=reward_model.model.device) for ranking in train]
 
-    updates = epochs * math.ceil(len(train) / batch_prompts)
+    updates = epochs * math.ceil(len(panels) / batch_prompts)
     if optimizer is None:
         steps: torch.optim.Optimizer = torch.optim.Adam(
             reward_model.model.parameters(), lr=learning_rate, betas=(0.9, 0.95)
@@ -273,10 +276,16 @@ def train_reward_model(
     )
     losses: list[float] = []
     for _ in range(epochs):
-        order = rng.permutation(len(train))
-        for batch in (order[i : i + batch_prompts] for i in range(0, len(order), batch_prompts)):
-            flat = reward_model.outputs([ids for index in batch for ids in sequences[index]])
-            scores = pad_sequence(list(torch.split(flat, [len(sequences[i]) for i in batch])), batch_first=True)
+        order = rng.permutation(len(panels))
+        for part in (order[i : i + batch_prompts] for i in range(0, len(order), batch_prompts)):
+            read = [sequences[index] for index in part]  # once, however many have ranked them
+            flat = torch.split(
+                reward_model.outputs([ids for group in read for ids in group]), [len(group) for group in read]
+            )
+            batch = [i for index in part for i in panels[index]]
+            scores = pad_sequence(
+                [one for one, index in zip(flat, part, strict=True) for _ in panels[index]], batch_first=True
+            )
             padded_ranks = pad_sequence([ranks[i] for i in batch], batch_first=True, padding_value=math.nan)
             if loss == "pairs":
                 margins = scores.new_tensor([train[i].margin for i in batch]) if with_margins else None
@@ -291,8 +300,8 @@ def train_reward_model(
             if progress is not None:
                 progress(len(losses), updates, losses[-1])
 
-    train_scores = _score(reward_model, sequences)
-    pool = np.concatenate(train_scores)
+    panel_scores = _score(reward_model, sequences)
+    pool = np.concatenate(panel_scores)
     if demonstrations is None:
         correction = float(pool.mean())
     else:
@@ -300,7 +309,11 @@ def train_reward_model(
     reward_model.offset += correction  # the scores above were computed with the former offset
     return reward_model, RewardModelReport(
         validation=_evaluate(reward_model, held_out) if held_out else None,
-        train=_metrics(train, train_scores, sequences),
+        train=_metrics(
+            [train[i] for panel in panels for i in panel],
+            [score for score, panel in zip(panel_scores, panels, strict=True) for _ in panel],
+            [group for group, panel in zip(sequences, panels, strict=True) for _ in panel],
+        ),
         offset=reward_model.offset,
         score_std=float(pool.std()),
         losses=tuple(losses),
@@ -425,6 +438,14 @@ def _split(
         [ranking for ranking, key in zip(rankings, keys, strict=True) if key not in held_out],
         [ranking for ranking, key in zip(rankings, keys, strict=True) if key in held_out],
     )
+
+
+def _panels(rankings: Sequence[Ranking]) -> list[list[int]]:
+    """Indices of rankings of the same completions of one prompt, by different people, together."""
+    panels: dict[str, list[int]] = {}
+    for i, ranking in enumerate(rankings):
+        panels.setdefault(json.dumps([ranking.prompt, ranking.completions]), []).append(i)
+    return list(panels.values())
 
 
 def _encode(reward_model: RewardModel, rankings: Sequence[Ranking]) -> list[list[list[int]]]:

@@ -456,3 +456,24 @@ def test_margins_and_ties_reach_the_loss(language_model, tokenizer):
 def test_refused(language_model, tokenizer, options, message):
     with pytest.raises(RewardError, match=message):
         train_reward_model(**{"rankings": preferences(3), "model": language_model, "tokenizer": tokenizer} | options)
+
+
+def test_rankings_of_the_same_completions_are_read_once_and_count_together(language_model, tokenizer, monkeypatch):
+    """Three people rank the same two answers, one of them the other way round: the loss of three rows, the work of one."""
+    prompt, first, second = "red", "red green", "blue"
+    rows = [{"prompt": prompt, "completions": [first, second], "ranks": r} for r in ([1, 2], [1, 2], [2, 1])]
+    start = RewardModel.from_language_model(language_model, tokenizer, seed=0)
+    scores = start(prompts=[prompt] * 2, completions=[first, second])
+    difference = scores[0] - scores[1]
+    by_hand = (2 * np.logaddexp(0, -difference) + np.logaddexp(0, difference)) / 3
+    read, outputs = [], RewardModel.outputs
+
+    def counted(self, sequences):
+        read.append(len(sequences))
+        return outputs(self, sequences)
+
+    monkeypatch.setattr(RewardModel, "outputs", counted)
+    _, report = train_reward_model(rows, model=start, validation=None)
+    assert report.losses == pytest.approx([by_hand], abs=1e-6)
+    assert read[0] == 2
+    assert report.train.pairs == 3
