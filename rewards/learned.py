@@ -449,9 +449,9 @@ def _load_classifier(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any
         )
     except OSError as error:
         raise RewardError(
-            f"could not load a sequence classifier from {str(name_or_path)!r} ({type(error).__name__}); expected a directory that "
-            "save_pretrained has written, or a name that the hub knows. Remedy: check the name, your connection and HF_HUB_OFFLINE"
-        ) from error
+            f"could not load a sequence classifier from {str(name_or_path)!r} ({str(error).splitlines()[0]}); expected a directory "
+            "that save_pretrained has written, or a name that the hub knows. Remedy: check the name, your connection and HF_HUB_OFFLINE"
+        ) from None
     if missing := sorted(loading["missing_keys"]):
         raise RewardError(
             f"{str(name_or_path)!r} lacks the weights {missing[:3]}, so its scores would be random; expected a "

@@ -218,6 +218,18 @@ def test_a_stopped_run_is_saved_and_says_so_in_its_exit_status(tmp_path, capsys)
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_reward_that_raises_is_shown_with_its_line(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def mine(completions, **columns):\n    return [1 / 0 for _ in completions]\n")
+    command = ["train", "PPO", "textenv/Arithmetic-v0", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match=r"(?s)'mine' raised ZeroDivisionError.*traceback is above"):
+        main([*command, "--reward", f"{tmp_path / 'mine.py'}:mine", *SMALL])
+    assert 'mine.py", line 2, in mine' in capsys.readouterr().err
+
+
+def test_agents_of_other_libraries_are_trained_from_python():
+    assert "docs/clients.md" in fails(["train", "stable_baselines3:PPO", "textenv/Tree-v0"])
+
+
 # ---------------------------------------------------------------------- one's own data: imitate, rank, reinforce
 
 PROMPTS = ["a", "b", "c", "d", "e", "f", "ab", "cd", "ef", "gh"]

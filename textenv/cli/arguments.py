@@ -6,10 +6,12 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from typing import Annotated, Any, TypeAlias
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from rewards.base import RewardError
 from textenv.prompts import did_you_mean
 
 CHECKPOINT, POLICY = "checkpoint", "policy"
@@ -40,6 +43,10 @@ def usage_errors() -> Iterator[None]:
 
     try:
         yield
+    except RewardError as error:
+        if error.__cause__ is not None:  # what the user's reward raised: it leads to the line in the user's file
+            traceback.print_exception(error.__cause__)
+        raise UsageError(str(error)) from error
     except (ValueError, OSError, FloatingPointError, gym.error.Error) as error:
         raise UsageError(_as_flags(str(error))) from error
 
@@ -167,6 +174,11 @@ def load_agent(name: str) -> type[Any]:
         if missing:
             raise UsageError(
                 f"{name} is no agent: it has no {', '.join(missing)}. Expected a class with learn, predict, save and load."
+            )
+        parameters = inspect.signature(agent_class).parameters
+        if "log_dir" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+            raise UsageError(
+                f"{name} takes no log_dir, as the agents of this command do. Agents of other libraries are trained from Python: see docs/clients.md."
             )
         return agent_class
     if name not in AGENTS:
