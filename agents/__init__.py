@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agents.a2c import A2C, A2CConfig
-    from agents.base import Agent, AgentConfig, LanguageModelAgent
+    from agents.base import Agent, LanguageModelAgent
     from agents.best_of_n import BestOfN, BestOfNConfig
     from agents.checkpoints import CheckpointError
+    from agents.config import AgentConfig
     from agents.expert_iteration import ExpertIteration, ExpertIterationConfig
     from agents.grpo import GRPO, GRPOConfig
     from agents.ilql import ILQL, ILQLConfig
@@ -39,7 +40,7 @@ AGENTS = {
 
 _LAZY = AGENTS | {
     "Agent": "agents.base",
-    "AgentConfig": "agents.base",
+    "AgentConfig": "agents.config",
     "CheckpointError": "agents.checkpoints",
     "LanguageModelAgent": "agents.base",
     "A2CConfig": "agents.a2c",

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from agents.advantages import AGGREGATIONS, aggregate, gae, masked_mean, whiten
-from agents.base import AgentConfig, LanguageModelAgent, MaybeCallback, check_choice
+from agents.base import AgentConfig, LanguageModelAgent, MaybeCallback
+from agents.config import check_choice
 from agents.policy import Critic
 from agents.rollout import collect
 from textenv.ledger import Episodes

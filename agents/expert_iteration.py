@@ -29,7 +29,8 @@ import torch
 from numpy.typing import NDArray
 
 from agents.advantages import masked_mean
-from agents.base import AgentConfig, LanguageModelAgent, MaybeCallback, check_choice, check_groups
+from agents.base import AgentConfig, LanguageModelAgent, MaybeCallback, check_groups
+from agents.config import check_choice
 from agents.rollout import collect
 from textenv.ledger import Episodes
 

@@ -37,7 +37,8 @@ import numpy as np
 import torch
 
 from agents.advantages import AGGREGATIONS, aggregate, group_advantages, kl_terms, masked_mean
-from agents.base import AgentConfig, LanguageModelAgent, MaybeCallback, check_choice, check_groups, check_kl_settings
+from agents.base import AgentConfig, LanguageModelAgent, MaybeCallback, check_groups
+from agents.config import check_choice, check_kl_settings
 from agents.rollout import collect
 from textenv.ledger import Episodes
 

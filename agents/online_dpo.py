@@ -31,7 +31,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import logsigmoid
 
-from agents.base import AgentConfig, LanguageModelAgent, MaybeCallback, check_choice, check_groups
+from agents.base import AgentConfig, LanguageModelAgent, MaybeCallback, check_groups
+from agents.config import check_choice
 from agents.rollout import collect
 from textenv.ledger import Episodes
 

@@ -29,7 +29,8 @@ import numpy as np
 import torch
 
 from agents.advantages import AGGREGATIONS, aggregate, kl_terms, masked_mean, returns_to_go, whiten
-from agents.base import AgentConfig, LanguageModelAgent, Learning, MaybeCallback, check_choice, check_kl_settings
+from agents.base import AgentConfig, LanguageModelAgent, Learning, MaybeCallback
+from agents.config import check_choice, check_kl_settings
 from agents.rollout import collect, run_prompts
 from textenv.env import TextVectorEnv
 from textenv.ledger import Episodes

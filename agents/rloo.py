@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from agents.advantages import kl_terms, leave_one_out, masked_mean, normalize
-from agents.base import AgentConfig, LanguageModelAgent, MaybeCallback, check_groups, check_kl_settings
+from agents.base import AgentConfig, LanguageModelAgent, MaybeCallback, check_groups
+from agents.config import check_kl_settings
 from agents.rollout import collect
 from textenv.ledger import Episodes
 

@@ -29,6 +29,11 @@ def recipe(tmp_path_factory):
     return recipe
 
 
+@pytest.fixture(scope="module")
+def held_out(recipe):
+    return recipe.held_out_rankings()
+
+
 @pytest.mark.parametrize("name", ["base", "sft"])
 def test_gold_scores_are_those_of_the_card(recipe, name):
     requests = requests_of("test")[: FIGURES["prompts"]]
@@ -52,8 +57,7 @@ def test_the_base_model_rambles_lies_and_offends():
     assert base["rude"] >= 0.05
 
 
-def test_the_reward_model_agrees_with_held_out_labelers_as_the_card_says(recipe):
-    held_out = recipe.held_out_rankings()
+def test_the_reward_model_agrees_with_held_out_labelers_as_the_card_says(recipe, held_out):
     metrics = evaluate_reward_model(recipe.reward_model(), held_out["labeled"])
     stated = FIGURES["reward"]
     assert metrics.accuracy == pytest.approx(stated["accuracy_held_out_labelers"], abs=0.03)
@@ -62,9 +66,9 @@ def test_the_reward_model_agrees_with_held_out_labelers_as_the_card_says(recipe)
     assert metrics.accuracy > metrics.length_accuracy + 0.08
 
 
-def test_labelers_agree_about_as_often_as_people(recipe):
+def test_labelers_agree_about_as_often_as_people(held_out):
     # 72.6% among InstructGPT's training labelers
-    assert recipe.held_out_rankings()["agreement"] == pytest.approx(0.73, abs=0.03)
+    assert held_out["agreement"] == pytest.approx(0.73, abs=0.03)
 
 
 def test_the_card_holds_the_figures():
