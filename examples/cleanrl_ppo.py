@@ -24,7 +24,7 @@ import textenv  # noqa: F401  # registers the ids
 class Args:
     seed: int = 1
     env_id: str = "textenv/Tree-v0"
-    total_timesteps: int = 40_000
+    total_timesteps: int = 20_480
     learning_rate: float = 2.5e-3
     num_envs: int = 64
     num_steps: int = 32

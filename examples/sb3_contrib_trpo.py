@@ -13,11 +13,11 @@ from agents.sb3 import LMPolicy, as_vec_env
 
 
 def main() -> None:
-    envs = gym.make_vec("textenv/Tree-v0", num_envs=128)
+    envs = gym.make_vec("textenv/Tree-v0", num_envs=64)
     model = TRPO(
-        LMPolicy, as_vec_env(envs), gamma=1.0, n_steps=8, batch_size=1024, target_kl=0.1, cg_max_steps=3, seed=0
+        LMPolicy, as_vec_env(envs), gamma=1.0, n_steps=8, batch_size=512, target_kl=0.1, cg_max_steps=3, seed=0
     )
-    model.learn(2_000)
+    model.learn(1_000)
     score = envs.unwrapped.evaluate(model.policy).score  # exact: 0 is the reference, 1 the best policy there is
     print(f"TRPO: score 0 -> {score:.2f}")
     assert score > 0.1

@@ -52,14 +52,11 @@ def test_the_wheel_imports_without_the_checkout(wheel_python, tmp_path):
         assert typed == "True"
 
 
-def test_the_program_of_the_wheel_lists_the_environments(wheel_python, tmp_path):
-    ran = subprocess.run([str(wheel_python), "-m", "textenv", "envs"], capture_output=True, text=True, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert "textenv/Tree-v0" in ran.stdout
-
-
-def test_an_environment_is_made_from_the_wheel_alone(wheel_python, tmp_path):
-    code = "import gymnasium, textenv; print(gymnasium.make('textenv/Arithmetic-v0').reset(seed=0)[0].shape)"
+def test_an_environment_is_made_from_the_wheel_alone_and_listed_by_its_program(wheel_python, tmp_path):
+    code = (
+        "import gymnasium, textenv; gymnasium.make('textenv/Arithmetic-v0').reset(seed=0)\n"
+        "from textenv.cli import main; main(['envs'])"
+    )
     ran = subprocess.run([str(wheel_python), "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
 

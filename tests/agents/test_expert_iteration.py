@@ -137,7 +137,7 @@ def test_expected_reward_rises_and_the_kl_with_it():
     env = tree()
     agent = ExpertIteration(env, seed=0)
     before = env.unwrapped.evaluate(agent.policy)
-    agent.learn(6_000)
+    agent.learn(3_000)
     after = env.unwrapped.evaluate(agent.policy)
     top = env.unwrapped.leaves.rewards.max()
     assert after.reward - before.reward > 0.5 * (top - before.reward)
@@ -148,5 +148,5 @@ def test_it_nears_the_known_optimum_when_ranking_by_the_return():
     env = tree()
     agent = ExpertIteration(env, seed=0, rank_by="return")
     assert env.unwrapped.evaluate(agent.policy).score == pytest.approx(0, abs=1e-4)
-    agent.learn(8_000)
+    agent.learn(4_000)
     assert env.unwrapped.evaluate(agent.policy).score > 0.8

@@ -168,5 +168,5 @@ def test_it_nears_the_known_optimum_with_bradley_terry_labels():
     env = gym.make_vec("textenv/Tree-v0", num_envs=32, vocab_size=3, horizon=3, group_size=2)
     agent = OnlineDPO(env, seed=0, labels="bradley_terry")
     assert env.unwrapped.evaluate(agent.policy).score == pytest.approx(0, abs=1e-4)
-    agent.learn(8_000)
+    agent.learn(3_000)
     assert env.unwrapped.evaluate(agent.policy).score > 0.9
