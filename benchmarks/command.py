@@ -13,9 +13,11 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from benchmarks.run import Engine, ResultsExist, find_agent, import_ray, run_suite
+from benchmarks.engines import Engine, import_ray
+from benchmarks.play import find_agent
+from benchmarks.run import ResultsExist, run_suite
 from benchmarks.suites import SUITES, Preset, Suite, Task
-from textenv.cli.arguments import Count, UsageError, first_line_of, load_object, textenv_ids, usage_errors
+from textenv.cli.arguments import UsageError, first_line_of, load_object, textenv_ids, usage_errors, whole_number
 from textenv.prompts import did_you_mean
 
 PROGRAMS: dict[str, tuple[str, str, str]] = {
@@ -25,6 +27,19 @@ PROGRAMS: dict[str, tuple[str, str, str]] = {
 }
 """Benchmarks that are no agents x tasks x seeds: name -> module, its arguments, and what runs them."""
 
+ERRORS_SHOWN = 3
+"""Different ones, after a run; the report has all of them."""
+
+Tokens = Annotated[
+    int | None,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: whole_number(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, int),
+        str_from_instance=lambda value: ["as-the-suite-says" if value is None else str(value)],
+    ),
+]
 Address = Annotated[
     str | None,
     PrimitiveConstructorSpec(
@@ -47,8 +62,8 @@ class SuiteArguments:
     """Names in the suite, or ids of environments (default: all of the suite)."""
     seeds: int | None = None
     """Runs per agent and task, of seeds 0, 1, ..."""
-    tokens: Count | None = None
-    """Length of a run, for all agents alike (default: the suite's)."""
+    tokens: Tokens = None
+    """Length of a run, for all agents alike."""
     task_seed: int | None = None
     """On exact tasks: the task seed of run 0; the next run has the next. Tuning is on 0 to 9, results on 1000 and up."""
     env_arg: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
@@ -101,6 +116,8 @@ def find_suite(name: str) -> tuple[str, Suite]:
     if name in SUITES:
         return name, SUITES[name]
     if ":" not in name:
+        if name.endswith(".py"):
+            raise UsageError(f"Expected {name}:suite, with the name that the suite has in the file; got {name!r}.")
         known = [*SUITES, *PROGRAMS]
         raise UsageError(
             f"Unknown suite {name!r}; there are {', '.join(known)}, or yours as file.py:suite.{did_you_mean(name, known)}"
@@ -115,7 +132,8 @@ def run(name: str, short: str, suite: Suite, options: SuiteArguments) -> None:
     """Run it, print the leaderboard, and write the report."""
     from rich.console import Console
 
-    from benchmarks.report import leaderboard, print_tables, write_report
+    from benchmarks.report import write_report
+    from benchmarks.tables import leaderboard, print_tables
 
     console = Console()
     out = options.out or Path("runs") / short
@@ -136,13 +154,17 @@ def run(name: str, short: str, suite: Suite, options: SuiteArguments) -> None:
             raise
         except ResultsExist as error:
             raise UsageError(str(error)) from error
-    print_tables(leaderboard(out), console)
-    files = write_report(out)
     failed = sum("error" in row for row in rows)
+    if failed < len(rows):
+        print_tables(leaderboard(out), console)
+    files = write_report(out)
     if failed:
         console.print(
             f"[red]{failed} of {len(rows)} runs failed[/red]; their rows have the tracebacks.", highlight=False
         )
+        errors = dict.fromkeys(f"{row['agent']}: {row['error'].splitlines()[0]}" for row in rows if "error" in row)
+        for error in list(errors)[:ERRORS_SHOWN]:
+            console.print(f"  {error}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {files[0]}   rows: {out / 'rows.jsonl'}", highlight=False)
     if failed == len(rows):
         raise SystemExit(1)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks.pictures import png, pyplot
 
 COLOURS = {"base": "#9aa5b1", "few_shot": "#c9a227", "sft": "#4f6d7a", "ppo": "#1f6f8b", "ppo_ptx": "#d1495b"}
 NAMES = {
@@ -159,22 +160,9 @@ def draw_curve(histories: dict[str, list[dict[str, float]]], key: str, title: st
     return figure
 
 
-def pyplot() -> Any:
-    """Matplotlib without a screen."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def picture(figure: Any) -> str:
     """A figure as an <img> that needs no file."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=160)
-    pyplot().close(figure)
-    return f"<img alt='' src='data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}'>"
+    return f"<img alt='' src='data:image/png;base64,{base64.b64encode(png(figure)).decode()}'>"
 
 
 PAGE = """<!doctype html>

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, whenever the process is stopped."""
+"""A directory of results: rows, and files that are written whole or not at all, whenever the process is stopped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+from benchmarks.cells import IDENTITY
+
+ROWS, MANIFEST = "rows", "suite.json"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -18,3 +22,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """The same, as JSON."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_row(path: Path) -> dict[str, Any] | None:
+    """A row; None where there is none, or none that can be read."""
+    try:
+        row = json.loads(path.read_text())
+        return row if {*IDENTITY, "config"} <= set(row) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """All rows of a directory, seed by seed."""
+    files = (path for path in sorted((out / ROWS).glob("*.json")))
+    rows = [row for path in files if (row := read_row(path)) is not None]
+    return sorted(rows, key=lambda row: (row["seed"], row["agent"], row["task"]))

@@ -46,7 +46,8 @@ class Preset:
     env: Mapping[str, Any] = field(default_factory=dict)
     """Keywords of the environment that this agent has otherwise than the task says, such as `beta`."""
     decay: bool = True
-    """Whether the learning rate falls."""
+    """Whether the learning rate falls: the agent is given `decay_timesteps`, the length of the run. An agent of your own that does
+    not take it has False here."""
     trains: bool = True
     """Whether it learns. One that does not is made on the evaluation's environment right away."""
     follows_j: bool = True

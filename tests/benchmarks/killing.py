@@ -15,7 +15,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from benchmarks.run import Engine, cells, run_suite, without_time
+from benchmarks.cells import cells
+from benchmarks.engines import Engine
+from benchmarks.play import without_time
+from benchmarks.run import run_suite
 from benchmarks.suites import Suite
 from tests.benchmarks.suite_for_tests import mine, suite
 

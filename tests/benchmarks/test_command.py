@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cells import cells
 from benchmarks.command import SuiteArguments, command, find_suite, selected
 from benchmarks.metrics import METRICS, Answers, distinct
-from benchmarks.run import cells, find_agent
+from benchmarks.play import find_agent
 from benchmarks.suites import SUITES
 from textenv.cli import main
 
@@ -86,6 +87,7 @@ def test_when_every_run_fails_the_status_says_so(tmp_path, capsys):
     ("arguments", "expected"),
     [
         (["exakt"], "Did you mean `exact`"),
+        ([OWN], "suite_for_tests.py:suite"),
         ([f"{OWN}:siute"], "Did you mean `suite`"),
         ([f"{OWN}:mine"], "to be a benchmarks.suites.Suite"),
         (["exact", "--agents", "PPPO"], "Did you mean `PPO`"),
@@ -103,6 +105,12 @@ def test_what_the_user_can_mend_is_answered(arguments, expected, tmp_path):
         main(["bench", *arguments, *(["--out", str(tmp_path)] if len(arguments) > 1 else [])])
     assert expected in str(stopped.value.code)
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_are_a_whole_number(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "exact", "--tokens", "ten"])
+    assert "expected a whole number such as 1000 or 1e3" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_suites_are_listed(capsys):

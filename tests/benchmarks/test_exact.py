@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.cells import cells
 from benchmarks.metrics import exact_figures
-from benchmarks.run import cells, make_env, play, run_suite
+from benchmarks.play import make_env, play
+from benchmarks.run import run_suite
 from benchmarks.suites import EXACT, PRESETS, STRUCTURES, tree
 
 

@@ -4,7 +4,9 @@ import os
 
 import pytest
 
-from benchmarks.run import Engine, run_suite, without_time
+from benchmarks.engines import Engine
+from benchmarks.play import without_time
+from benchmarks.run import run_suite
 from tests.benchmarks.killing import kill_and_resume, long_suite
 from tests.benchmarks.suite_for_tests import suite
 

@@ -5,7 +5,10 @@ import re
 
 import pytest
 
-from benchmarks.report import compare_results, leaderboard, read_results, sample_groups, write_report
+from benchmarks.comparison import compare_results
+from benchmarks.report import sample_groups, write_report
+from benchmarks.results import read_results
+from benchmarks.tables import leaderboard
 from textenv.cli import main
 
 SCORES = {"good": [[0.8, 0.6], [0.9, 0.7], [1.0, 0.8]], "plain": [[0.5, 0.4], [0.6, 0.5], [0.7, 0.6]]}

@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.run import cells, make_env, play
+from benchmarks.cells import cells
+from benchmarks.metrics import policy_of
+from benchmarks.play import make_env, play
 from benchmarks.suites import THIRD_PARTY, THIRD_PARTY_TEXT
 
 TINY = {"vocab_size": 3, "horizon": 2}
@@ -69,3 +71,8 @@ def test_what_is_gained_on_text_is_measured_against_the_reference_on_the_same_pr
     assert after["metrics"]["objective"] == pytest.approx(
         after["metrics"]["reward"] - after["metrics"]["beta"] * after["metrics"]["kl"]
     )
+
+
+def test_without_a_policy_there_is_no_exact_score():
+    with pytest.raises(ValueError, match="object has no `policy` with `log_probs`"):
+        policy_of(object())

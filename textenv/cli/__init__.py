@@ -66,7 +66,8 @@ def report(arguments: Sequence[str]) -> None:
     """Write the report of a benchmark's directory, as HTML and Markdown: `textenv report runs/exact`."""
     from rich.console import Console
 
-    from benchmarks.report import leaderboard, print_tables, write_report
+    from benchmarks.report import write_report
+    from benchmarks.tables import leaderboard, print_tables
 
     options = tyro.cli(ReportArguments, args=list(arguments), prog="textenv report", description=report.__doc__)
     with usage_errors():
@@ -91,7 +92,7 @@ def compare(arguments: Sequence[str]) -> None:
     """Better, worse or undecided, metric by metric; status 1 if the headline metric is worse: `textenv compare runs/old runs/new`."""
     from rich.console import Console
 
-    from benchmarks.report import compare_results, print_comparison
+    from benchmarks.comparison import compare_results, print_comparison
 
     options = tyro.cli(CompareArguments, args=list(arguments), prog="textenv compare", description=compare.__doc__)
     with usage_errors():
