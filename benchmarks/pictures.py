@@ -14,7 +14,9 @@ from benchmarks.results import FLOATS, Results, best_of_n
 from benchmarks.stats import Interval, stratified_bootstrap
 
 FAR = 6.0
-"""Agents whose KL is so many times the median of all are named, not drawn, beside a frontier."""
+"""Agents whose KL is so many times the median of all are named, not drawn."""
+REACH = 3.0
+"""The same where the frontier is known, which is drawn so far: in KLs of the optimum."""
 COLOURS = (
     "#1f6f8b", "#d1495b", "#3a7d44", "#e08e45", "#6a4c93", "#8c564b", "#c2559d", "#5b8c5a", "#2ec4b6", "#a3721c", "#4d4d4d",
     "#9b2226", "#7a8b99",
@@ -51,8 +53,9 @@ def draw_frontier(results: Results) -> list[Picture]:
                     (quartiles(x), quartiles(y)) if exact else (stats.mean_interval(x), stats.mean_interval(y))
                 )
         middle = np.median([x.estimate for x, _ in points.values() if x.estimate > 1e-6] or [np.inf])
-        here = {agent: point for agent, point in points.items() if point[0].estimate <= FAR * max(middle, 1e-9)}
-        far |= {agent: point[0].estimate for agent, point in points.items() if agent not in here}
+        reach = REACH if exact else FAR * max(middle, 1e-9)
+        here = {agent: point for agent, point in points.items() if point[0].estimate <= reach}
+        far |= {f"{agent} on {task}": point[0].estimate for agent, point in points.items() if agent not in here}
         if exact:
             line = shared_frontier(results, task)
             axis.plot(*line, color="#222222", lw=1.1, zorder=1, label="no policy lies above")
@@ -89,7 +92,7 @@ def draw_frontier(results: Results) -> list[Picture]:
         "Reward against what it costs in KL; up and left is better. "
         + ("Medians and quartiles over seeds, each task scaled so that its reference lies at (0, 0) and its optimum at (1, 1); "
            "the line is the median over tasks of the exact frontier (every run lies below its own task's). " if known else "Means with Student's 95% intervals over seeds. ")
-        + "".join(f"{agent} lies outside, at {value:.3g}. " for agent, value in far.items())
+        + "".join(f"{agent} lies outside, at KL {value:.3g}. " for agent, value in far.items())
         + ("The KL of BestOfN is a bound. " if any(best_of_n(results, agent) for agent in results.agents) else "")
         + f"Made by {results.made_by}."
     )  # fmt: skip
@@ -122,7 +125,7 @@ def error_bar(interval: Interval) -> list[list[float]] | None:
 
 def shared_frontier(results: Results, task: str) -> tuple[FLOATS, FLOATS]:
     """Median over a task's seeds of the exact front, scaled as the points are. Shapes: (K,), (K,)."""
-    x = np.linspace(0, 3, 121)
+    x = np.linspace(0, REACH, 121)
     curves = []
     for seed in sorted({row["seed"] for row in results.good if row["task"] == task and row["frontier"]}):
         row = next(r for r in results.good if r["task"] == task and r["seed"] == seed and r["frontier"])

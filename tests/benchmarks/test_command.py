@@ -150,7 +150,7 @@ def test_the_assistants_measures_are_against_the_reference():
         return METRICS["assistant"](answers), METRICS["sampled"](answers)
 
     same, sampled = measured(LanguageModelAgent(lanes, seed=0))
-    assert (same["win_rate"], same["labelers_win_rate"], sampled["kl"]) == pytest.approx((0.5, 0.5, 0.0), abs=1e-6)
+    assert (same["win_rate"], same["labelers_win_rate"], sampled["kl"]) == pytest.approx((0.5, 0.5, 0.0), abs=1e-5)
     better, chosen = measured(BestOfN(lanes, n=4, seed=0))
     assert chosen["reward"] > sampled["reward"]
     assert better["win_rate_low"] < better["win_rate"] < better["win_rate_high"]
