@@ -163,8 +163,8 @@ def run(name: str, short: str, suite: Suite, options: SuiteArguments) -> None:
             f"[red]{failed} of {len(rows)} runs failed[/red]; their rows have the tracebacks.", highlight=False
         )
         errors = dict.fromkeys(f"{row['agent']}: {row['error'].splitlines()[0]}" for row in rows if "error" in row)
-        for error in list(errors)[:ERRORS_SHOWN]:
-            console.print(f"  {error}", highlight=False, markup=False, soft_wrap=True)
+        for line in list(errors)[:ERRORS_SHOWN]:
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {files[0]}   rows: {out / 'rows.jsonl'}", highlight=False)
     if failed == len(rows):
         raise SystemExit(1)
