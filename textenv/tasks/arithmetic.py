@@ -1,7 +1,7 @@
 """`textenv/Arithmetic-v0`: two-digit sums with a verifiable reward.
 
-The shipped model (430k parameters) has read sums written by careful and sloppy people, so it knows how to add and is
-right about three times in ten (28.8% measured): what reinforcement learning has to do is to choose, not to learn arithmetic. Splits are by
+The shipped model (430k parameters) has read sums written by careful and sloppy people, so it has an idea of how to add, and is
+right less than one time in five (18.1% measured): what reinforcement learning has to do is mostly to choose. Splits are by
 unordered pair: no test sum, nor its mirror image, is in the training text or among the training prompts.
 """
 
@@ -24,8 +24,8 @@ LARGEST = 99
 ASSET = Path(__file__).parent.parent / "assets" / "arithmetic"
 
 CAREFUL = 0.15
-"""Share of right sums in the training text; the others are off by one or by ten."""
-SLIPS = (-10, -1, 1, 10)
+"""Share of right sums in the training text; in the others the units, the tens or both are off by one."""
+SLIPS = (-11, -10, -9, -1, 1, 9, 10, 11)
 
 
 def sums(split: str, max_operand: int = LARGEST) -> NDArray[np.int64]:
