@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "PPO": {"learning_rate": 1e-3, "episodes_per_update": 256, "minibatch_episodes": 256, "epochs": 4},
-    "RLOO": {"learning_rate": 5e-4, "episodes_per_update": 256, "minibatch_episodes": 128, "epochs": 1},
+    "RLOO": {"learning_rate": 5e-4, "episodes_per_update": 256, "minibatch_episodes": 64, "epochs": 1},
 }
 GROUP = {"PPO": 1, "RLOO": 8}
 
