@@ -31,7 +31,7 @@ class ArithmeticArguments:
     """What learns."""
     seed: int = 0
     """Of training and sampling."""
-    total_timesteps: int = 500_000
+    total_timesteps: int = 1_000_000
     """Tokens to sample in training; the learning rate falls to 0 over them."""
     out: Path | None = None
     """Where pictures and figures go; by default runs/arithmetic-AGENT."""
