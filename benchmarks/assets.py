@@ -26,7 +26,7 @@ from textenv.tokenizer import character_tokenizer
 
 
 def build_arithmetic(path: Path = arithmetic.ASSET, steps: int = 1500) -> None:
-    """Pretrain the arithmetic model on text of which 15% is right; took five minutes of CPU time on one core."""
+    """Pretrain the arithmetic model on text of which 15% is right; three minutes of CPU time on one core."""
     tokenizer = character_tokenizer(arithmetic.CHARACTERS)
     lines = [[*tokenizer(line)["input_ids"], tokenizer.eos_token_id] for line in arithmetic.pretraining_text(300_000)]
     torch.manual_seed(0)
