@@ -23,7 +23,7 @@ FIGURES = json.loads((ASSETS / "figures.json").read_text())
 def recipe(tmp_path_factory):
     """A run whose stages are the shipped models."""
     out = tmp_path_factory.mktemp("assets") / "run"
-    recipe = Recipe(DemoArguments(size="shipped", out=out, cores=1))
+    recipe = Recipe(DemoArguments(size="default", out=out, cores=1))
     for name in ("base", "sft", "reward"):
         (out / name).symlink_to(ASSETS / name)
     return recipe

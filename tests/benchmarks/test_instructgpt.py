@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from benchmarks import instructgpt
 from benchmarks.instructgpt import STAGES, DemoArguments, Recipe, run_demo
-from textenv.tasks.assistant import gold
+from textenv.tasks.assistant import gold, labelers
+from textenv.tasks.assistant.requests import make_requests
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,10 @@ def test_two_processes_write_what_one_would(run, tmp_path):
 def test_a_job_that_fails_is_named(run, tmp_path, capfd):
     recipe = Recipe(DemoArguments(size="tiny", out=tmp_path / "part", cores=2))
     with pytest.raises(RuntimeError, match="answers failed"):
-        recipe.side_by_side({"answers": (instructgpt.write_answers, (["a"], 0, "answers"))})  # there is no model yet
+        requests, counts = make_requests("train", 2, seed=0), np.array([4, 4])
+        recipe.side_by_side(
+            {"answers": (instructgpt.write_answers, (requests, counts, 0, "a"))}
+        )  # there is no model yet
     assert "sft" in capfd.readouterr().err
 
 
@@ -109,5 +114,7 @@ def test_one_of_the_ranked_answers_is_to_another_prompt(run):
     options, _ = run
     rows = [json.loads(line) for line in (options.out / "rankings.jsonl").read_text().splitlines()]
     assert all(4 <= len(row["completions"]) <= 9 for row in rows)
+    people = len(labelers.TRAINING_LABELERS)  # each of them ranks the same answers, row by row
+    assert all(row["completions"] == rows[i - i % people]["completions"] for i, row in enumerate(rows))
     own = [text for row in rows for text in row["completions"][:-1]]
     assert all(row["completions"][-1] in own for row in rows)
