@@ -102,11 +102,9 @@ def test_two_processes_write_what_one_would(run, tmp_path):
 
 def test_a_job_that_fails_is_named(run, tmp_path, capfd):
     recipe = Recipe(DemoArguments(size="tiny", out=tmp_path / "part", cores=2))
+    job = (instructgpt.write_answers, (make_requests("train", 2, seed=0), np.array([4, 4]), 0, "answers"))
     with pytest.raises(RuntimeError, match="answers failed"):
-        requests, counts = make_requests("train", 2, seed=0), np.array([4, 4])
-        recipe.side_by_side(
-            {"answers": (instructgpt.write_answers, (requests, counts, 0, "a"))}
-        )  # there is no model yet
+        recipe.side_by_side({"answers": job})  # there is no model yet
     assert "sft" in capfd.readouterr().err
 
 
