@@ -61,7 +61,14 @@ def build_assistant(path: Path = assistant.ASSETS, run: Path = Path("runs/demo")
         reward = RewardModel.from_pretrained(run / "reward")
         reward.model.half()
         reward.save_pretrained(path / "reward")
-    figures = {"reward": done["reward"], "judged": done["judged"]["rows"], "prompts": done["judged"]["prompts"]}
+    # Rounded weights draw other answers: the card's figures are those of the models as they come.
+    shipped = Recipe(DemoArguments(out=run / "shipped"))
+    for name in ("base", "sft", "reward", "ppo", "ppo_ptx"):
+        place = shipped.out / name
+        place.unlink(missing_ok=True)
+        place.symlink_to(((run if name.startswith("ppo") else path) / name).resolve())
+    judged = shipped.make_judged()
+    figures = {"reward": shipped.reward_figures(), "judged": judged["rows"], "prompts": judged["prompts"]}
     (path / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     (path / "README.md").write_text(card(figures, sum(stage["seconds"] for stage in done.values())))
 
@@ -82,6 +89,7 @@ def card(figures: dict[str, Any], seconds: float) -> str:
         noiseless=reward["accuracy_noiseless_labeler"],
         share=reward["share_of_noiseless"],
         own=reward["share_among_fine_tuned"],
+        agree=reward["labelers_agree"],
         length=reward["accuracy_length_alone"],
         ceiling=rows["ceiling"]["gold"],
     )
@@ -107,7 +115,7 @@ On {prompts} requests that no stage had seen, one answer each at temperature 1, 
 {rows}
 
 The reward model agrees with held-out labelers on {held_out:.1%} of the pairs of different ranks; the gold standard without any noise agrees on
-{noiseless:.1%} (so it reaches {share:.1%} of that; {own:.1%} among answers of the fine-tuned model alone), "the longer answer is better" on {length:.1%}. It inherits its labelers' taste for length.
+{noiseless:.1%} (training labelers with each other: {agree:.1%}), so it reaches {share:.1%} of that; {own:.1%} among answers of the fine-tuned model alone; "the longer answer is better" on {length:.1%}.
 
 Meant for experiments with reinforcement learning; the models know nothing outside their small world. Their text holds insults
 and advice to do harm to the world's people and animals on purpose: so that harm can be measured, and unlearnt.

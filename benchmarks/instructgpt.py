@@ -212,22 +212,8 @@ class Recipe(StagedRun):
             )
         with replaced(self.out / "reward") as scratch, quiet_loading():
             model.save_pretrained(scratch)
-        held_out = self.held_out_rankings()
-        metrics = evaluate_reward_model(model, held_out["labeled"])
-        ceiling = evaluate_noiseless(held_out)
-        own = fine_tuned_only(held_out)
-        return {
-            "accuracy_train_labelers": report.validation.accuracy if report.validation else None,
-            "accuracy_held_out_labelers": metrics.accuracy,
-            "accuracy_noiseless_labeler": ceiling,
-            "share_of_noiseless": metrics.accuracy / ceiling,
-            "share_among_fine_tuned": evaluate_reward_model(model, own["labeled"]).accuracy / evaluate_noiseless(own),
-            "accuracy_length_alone": metrics.length_accuracy,
-            "labelers_agree": held_out["agreement"],
-            "calibration_error": metrics.calibration_error,
-            "length_correlation": metrics.length_correlation,
-            "offset": model.offset,
-        }
+        accuracy = report.validation.accuracy if report.validation else None
+        return {"accuracy_train_labelers": accuracy} | self.reward_figures()
 
     def make_ppo(self) -> dict[str, Any]:
         """Reinforce against the reward model: without and with pretraining text mixed in, side by side."""
@@ -328,6 +314,23 @@ class Recipe(StagedRun):
         envs.unwrapped.attach_policy(policy, pay=False)
         agent = Sampler(envs.unwrapped, self.options.seed + 18, policy)
         return float(run_prompts(agent, envs.unwrapped, ids).kl.mean())
+
+    def reward_figures(self) -> dict[str, float]:
+        """How far the reward model agrees with people it has not learned from."""
+        model, held_out = self.reward_model(), self.held_out_rankings()
+        own = fine_tuned_only(held_out)
+        metrics, ceiling = evaluate_reward_model(model, held_out["labeled"]), evaluate_noiseless(held_out)
+        return {
+            "accuracy_held_out_labelers": metrics.accuracy,
+            "accuracy_noiseless_labeler": ceiling,
+            "share_of_noiseless": metrics.accuracy / ceiling,
+            "share_among_fine_tuned": evaluate_reward_model(model, own["labeled"]).accuracy / evaluate_noiseless(own),
+            "accuracy_length_alone": metrics.length_accuracy,
+            "labelers_agree": held_out["agreement"],
+            "calibration_error": metrics.calibration_error,
+            "length_correlation": metrics.length_correlation or 0.0,
+            "offset": model.offset,
+        }
 
     def held_out_rankings(self) -> dict[str, Any]:
         """Answers to validation prompts, ranked by people whom the reward model has not learned from."""
