@@ -46,7 +46,7 @@ def usage_errors() -> Iterator[None]:
     except RewardError as error:
         if error.__cause__ is not None:  # what the user's reward raised: it leads to the line in the user's file
             traceback.print_exception(error.__cause__)
-        raise UsageError(str(error)) from error
+        raise UsageError(_as_flags(str(error))) from error
     except (ValueError, OSError, FloatingPointError, gym.error.Error) as error:
         raise UsageError(_as_flags(str(error))) from error
 
