@@ -24,6 +24,7 @@ PROGRAMS: dict[str, tuple[str, str, str]] = {
     "instructgpt": ("benchmarks.instructgpt", "DemoArguments", "run_demo"),
     "arithmetic": ("benchmarks.arithmetic", "ArithmeticArguments", "run_arithmetic"),
     "speed": ("benchmarks.speed", "SpeedArguments", "run_speed"),
+    "overoptimization": ("benchmarks.overoptimization", "OveroptimizationArguments", "run_overoptimization"),
 }
 """Benchmarks that are no agents x tasks x seeds: name -> module, its arguments, and what runs them."""
 

@@ -412,7 +412,7 @@ def reinforce(recipe: Recipe, name: str, advance: Advance) -> None:
 class Sampler:
     """Samples from an environment's reference model, or from another one."""
 
-    def __init__(self, lanes: Any, seed: int, lm: Any = None) -> None:
+    def __init__(self, lanes: Any, seed: int | list[int], lm: Any = None) -> None:
         self.lm, self.rng = lm or lanes.reference, np.random.default_rng(seed)
 
     def predict(
