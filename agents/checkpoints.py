@@ -47,7 +47,12 @@ def read_about(path: str | Path) -> dict[str, Any]:
 def unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Without names that share the memory of an earlier one (tied weights are stored once)."""
     seen: set[int] = set()
-    return {name: t for name, t in state.items() if t.data_ptr() not in seen and not seen.add(t.data_ptr())}  # type: ignore[func-returns-value]
+    kept = {}
+    for name, tensor in state.items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            kept[name] = tensor
+    return kept
 
 
 def put_in_place(scratch: Path, path: Path) -> None:

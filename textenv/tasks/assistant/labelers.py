@@ -1,8 +1,8 @@
 """Simulated labelers: people who rank answers by what they are worth, how they feel today, and how long they are.
 
 A labeler weighs the four criteria of the gold standard in their own way, likes longer answers a little, and is noisy:
-two of them agree on about 73% of the pairs, as InstructGPT's did (72.6% among training labelers; Ouyang et al., 2022,
-section 5.2). So a reward model that learns from them inherits a taste for length that the gold standard does not share.
+two of them agree on 67% to 72% of the pairs of the recipe's answers, about as InstructGPT's did (72.6% among training
+labelers; Ouyang et al., 2022, section 5.2). So a reward model that learns from them inherits a taste for length that the gold standard does not share.
 """
 
 from __future__ import annotations
