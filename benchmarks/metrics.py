@@ -23,7 +23,17 @@ DRAWN_BETAS = np.logspace(-1.3, 1.5, 25)
 """Of the part of it that is drawn."""
 
 LOWER_IS_BETTER = frozenset(
-    {"regret", "kl_to_optimum", "false_facts", "rude", "over_refusal", "lm_loss", "failed", "optimality_gap"}
+    {
+        "regret",
+        "kl_to_optimum",
+        "false_facts",
+        "rude",
+        "over_refusal",
+        "lm_loss",
+        "failed",
+        "optimality_gap",
+        "cost_of_wording",
+    }
 )
 NEITHER = frozenset({"kl", "length", "words"})
 """What is described and not judged: a KL is the price of a reward, which `objective` counts."""
@@ -48,6 +58,8 @@ class Answers:
     """Answers per prompt."""
     seed: int
     """Of sampling."""
+    elsewhere: Callable[[str], Answers] | None = None
+    """The same agent's answers on another split of the task."""
 
     @cached_property
     def episodes(self) -> Episodes:
@@ -197,12 +209,28 @@ def assistant(answers: Answers) -> dict[str, float]:
     return figures | ({} if model is None else {"lm_loss": neutral_loss(model)})
 
 
+def wording(answers: Answers) -> dict[str, float]:
+    """Sensitivity to paraphrase: the gold standard on test requests in wordings that no stage has seen, and what they cost."""
+    if not answers.env_id.startswith("textenv/Assistant-") or answers.elsewhere is None:
+        return {}
+    from textenv.tasks.assistant.gold import judge
+    from textenv.tasks.assistant.task import requests_of
+
+    def score(of: Answers) -> float:
+        known = requests_of(of.split or "train")
+        return float(np.mean([judge(known[i], text).total for i, text in zip(of.prompt_ids, of.texts, strict=True)]))
+
+    unseen = score(answers.elsewhere("test_paraphrases"))
+    return {"gold_unseen_wording": unseen, "cost_of_wording": score(answers) - unseen}
+
+
 METRICS: Mapping[str, Callable[[Answers], dict[str, float]]] = {
     "sampled": sampled,
     "exact": exact,
     "greedy": greedy,
     "pass_at": pass_at,
     "assistant": assistant,
+    "wording": wording,
 }
 """Name -> group. Where two have a figure of the same name, the later one of a suite's list counts."""
 

@@ -70,17 +70,25 @@ def measured(cell: Cell) -> dict[str, Any]:
         curve = learn(agent, env.unwrapped, cell.tokens)
     else:
         curve = grown(agent_class, env, cell) if hasattr(agent, "completion_log_probs") else {}
-    count = len(unseen.unwrapped.task.prompts)
-    ids = np.random.default_rng(0).permutation(count)[: cell.prompts]
-    answers = metrics.Answers(
-        agent=agent,
-        env_id=cell.env,
-        lanes=unseen.unwrapped,
-        split=cell.evaluation.get("split", cell.env_settings.get("split")),
-        prompt_ids=np.repeat(ids, cell.samples),
-        samples=cell.samples,
-        seed=EVALUATION_SEED + cell.seed,
-    )
+
+    def elsewhere(split: str) -> metrics.Answers:
+        other = make_env(cell, unseen.num_envs, **cell.evaluation | {"split": split})
+        return ask(agent if cell.trains else agent_class(other, seed=cell.seed, **cell.agent_settings), other, split)
+
+    def ask(agent: Any, env: Any, split: str | None) -> metrics.Answers:
+        ids = np.random.default_rng(0).permutation(len(env.unwrapped.task.prompts))[: cell.prompts]
+        return metrics.Answers(
+            agent=agent,
+            env_id=cell.env,
+            lanes=env.unwrapped,
+            split=split,
+            prompt_ids=np.repeat(ids, cell.samples),
+            samples=cell.samples,
+            seed=EVALUATION_SEED + cell.seed,
+            elsewhere=elsewhere,
+        )
+
+    answers = ask(agent, unseen, cell.evaluation.get("split", cell.env_settings.get("split")))
     figures: dict[str, float] = {}
     for name in cell.metrics:
         group = metrics.METRICS[name] if name in metrics.METRICS else load_object(name, "the metric")

@@ -196,10 +196,20 @@ ASSISTANT = Suite(
     agents=ASSISTANT_AGENTS,
     seeds=5,
     tokens=70_000,
-    metrics=("sampled", "assistant"),
+    metrics=("sampled", "assistant", "wording"),
     bounded="gold",
     frontier=("reward", "gold"),
-    columns=("gold", "win_rate", "labelers_win_rate", "reward", "kl", "length", "distinct_2", "lm_loss"),
+    columns=(
+        "gold",
+        "gold_unseen_wording",
+        "win_rate",
+        "labelers_win_rate",
+        "reward",
+        "kl",
+        "length",
+        "distinct_2",
+        "lm_loss",
+    ),
 )
 
 ARITHMETIC_TASK = Task(

@@ -134,24 +134,38 @@ def test_the_assistants_measures_are_against_the_reference():
     import textenv  # noqa: F401  # registers the ids
     from agents import BestOfN
     from agents.base import LanguageModelAgent
+    from agents.rollout import run_prompts
+    from textenv.tasks.assistant.gold import judge
+    from textenv.tasks.assistant.task import requests_of
 
-    lanes = gym.make_vec("textenv/Assistant-v0", num_envs=8, split="test").unwrapped
-
-    def measured(agent):
-        answers = Answers(
-            agent=agent,
+    def answers_of(agent_class, split, **settings):
+        lanes = gym.make_vec("textenv/Assistant-v0", num_envs=8, split=split).unwrapped
+        return Answers(
+            agent=agent_class(lanes, seed=0, **settings),
             env_id="textenv/Assistant-v0",
             lanes=lanes,
-            split="test",
+            split=split,
             prompt_ids=np.arange(16),
             samples=1,
             seed=5,
+            elsewhere=lambda other: answers_of(agent_class, other, **settings),
         )
-        return METRICS["assistant"](answers), METRICS["sampled"](answers)
 
-    same, sampled = measured(LanguageModelAgent(lanes, seed=0))
+    def measured(agent_class, **settings):
+        answers = answers_of(agent_class, "test", **settings)
+        return METRICS["assistant"](answers) | METRICS["wording"](answers), METRICS["sampled"](answers)
+
+    same, sampled = measured(LanguageModelAgent)
     assert (same["win_rate"], same["labelers_win_rate"], sampled["kl"]) == pytest.approx((0.5, 0.5, 0.0), abs=1e-5)
-    better, chosen = measured(BestOfN(lanes, n=4, seed=0))
+    better, chosen = measured(BestOfN, n=4)
     assert chosen["reward"] > sampled["reward"]
     assert better["win_rate_low"] < better["win_rate"] < better["win_rate_high"]
     assert better["lm_loss"] == pytest.approx(same["lm_loss"])  # nothing was trained
+    for figures in (same, better):
+        assert figures["cost_of_wording"] == pytest.approx(figures["gold"] - figures["gold_unseen_wording"])
+    unseen = gym.make_vec("textenv/Assistant-v0", num_envs=8, split="test_paraphrases").unwrapped
+    agent = LanguageModelAgent(unseen, seed=0)
+    agent.set_random_seed(5)
+    answers = unseen.completions(run_prompts(agent, unseen, np.arange(16)))
+    by_hand = [judge(*pair).total for pair in zip(requests_of("test_paraphrases"), answers, strict=False)]
+    assert same["gold_unseen_wording"] == pytest.approx(np.mean(by_hand))
