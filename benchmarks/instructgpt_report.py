@@ -1,14 +1,20 @@
-"""The demo's report: one HTML file with its pictures inside, for phones and wide screens."""
+"""The demo's report: one HTML file with its pictures inside, for phones and wide screens; and runs side by side in Markdown.
+
+Run: python -m benchmarks.instructgpt_report runs/demo runs/demo-1 runs/demo-2
+"""
 
 from __future__ import annotations
 
 import base64
 import html
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.pictures import png, pyplot
+from benchmarks.tables import Figures
 
 COLOURS = {"base": "#9aa5b1", "few_shot": "#c9a227", "sft": "#4f6d7a", "ppo": "#1f6f8b", "ppo_ptx": "#d1495b"}
 NAMES = {
@@ -37,6 +43,18 @@ COLUMNS: list[tuple[str, str, str]] = [
     ("gold_unseen_wording", "gold, unseen wording", ".3f"),
     ("held_out_labelers_win_rate", "labelers prefer it to SFT", ".0%"),
 ]
+
+
+REWARD_COLUMNS: list[tuple[str, str, str]] = [
+    ("accuracy_held_out_labelers", "agreement with held-out labelers", ".1%"),
+    ("accuracy_noiseless_labeler", "a labeler without noise", ".1%"),
+    ("share_of_noiseless", "share of that", ".1%"),
+    ("share_among_fine_tuned", "share among the fine-tuned model's answers", ".1%"),
+    ("accuracy_length_alone", "length alone", ".1%"),
+    ("labelers_agree", "labelers with each other", ".1%"),
+    ("calibration_error", "calibration error", ".3f"),
+]
+POLICIES = ("base", "few_shot", "sft", "ppo", "ppo_ptx")
 
 
 def write_report(summary: dict[str, Any], out: Path) -> None:
@@ -81,12 +99,39 @@ def table(rows: dict[str, Any]) -> str:
         versus = (
             "-" if name == "sft" else f"{row['wins']}&thinsp;/&thinsp;{row['ties']}&thinsp;/&thinsp;{row['losses']}"
         )
-        cells = "".join(
-            f"<td>{format(row[key], form) if row.get(key) is not None and row[key] == row[key] else '-'}</td>"
-            for key, _, form in COLUMNS
-        )
+        cells = "".join(f"<td>{shown(row.get(key), form) or '-'}</td>" for key, _, form in COLUMNS)
         body += f"<tr class='{name}'><th>{label}</th><td>{versus}</td>{cells}</tr>"
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def side_by_side(summaries: Sequence[dict[str, Any]]) -> list[Figures]:
+    """Runs of several seeds: against the fine-tuned model, what the gold standard says, the reward model, time."""
+    versus, judged, reward, time = [], [], [], []
+    for summary in summaries:
+        seed, done = str(summary["settings"]["seed"]), summary["stages"]
+        for name in POLICIES:
+            row = done["judged"]["rows"][name]
+            low, high = row["net_win_interval"]
+            net = f"{row['net_win_rate']:+.1%} ({low:+.1%} to {high:+.1%})"
+            against = ["", ""] if name == "sft" else [f"{row['wins']} / {row['ties']} / {row['losses']}", net]
+            versus.append([seed, NAMES[name], *against])
+            judged.append([seed, NAMES[name], *(shown(row.get(key), form) for key, _, form in COLUMNS)])
+        reward.append([seed, *(shown(done["reward"][key], form) for key, _, form in REWARD_COLUMNS)])
+        seconds = [stage["seconds"] for stage in done.values()]
+        time.append([seed, *(f"{s:.0f}" for s in seconds), f"{sum(seconds) / 60:.1f}"])
+    return [
+        Figures(
+            "Against the fine-tuned model", ["seed", "policy", "wins / ties / losses", "net, 95% interval"], versus
+        ),
+        Figures("What the gold standard says", ["seed", "policy", *(title for _, title, _ in COLUMNS)], judged),
+        Figures("The reward model", ["seed", *(title for _, title, _ in REWARD_COLUMNS)], reward),
+        Figures("Time, seconds per stage", ["seed", *summaries[0]["stages"], "minutes in all"], time),
+    ]
+
+
+def shown(value: float | None, form: str) -> str:
+    """A figure, or nothing where there is none."""
+    return format(value, form) if value is not None and value == value else ""
 
 
 def stages(done: dict[str, Any]) -> str:
@@ -109,7 +154,7 @@ def sample(item: dict[str, Any]) -> str:
     answers = "".join(
         f"<dt style='color:{COLOURS[name]}'>{NAMES[name]} <span>{item['gold'][name]:.2f}</span></dt>"
         f"<dd>{html.escape(item[name]).replace('&lt;turn&gt;', '<br>') or '<i>nothing</i>'}</dd>"
-        for name in ("base", "few_shot", "sft", "ppo", "ppo_ptx")
+        for name in POLICIES
     )
     return f"<article><h3>{html.escape(item['prompt'])}</h3><dl>{answers}</dl></article>"
 
@@ -202,3 +247,7 @@ tax). Ideal answers: the ceiling.</p>
 <footer>Made by <code>{command}</code>. Settings: <code>{settings}</code></footer>
 </body></html>
 """
+
+if __name__ == "__main__":
+    for figures in side_by_side([json.loads((Path(run) / "summary.json").read_text()) for run in sys.argv[1:]]):
+        print(figures.markdown())

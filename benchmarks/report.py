@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.pictures import Picture, draw_curves, draw_frontier, draw_profile
 from benchmarks.records import write_text
 from benchmarks.results import Results, read_results
-from benchmarks.tables import Figures, tables
+from benchmarks.tables import Figures, safe, tables
 
 
 def write_report(directory: Path) -> list[Path]:
@@ -45,22 +45,11 @@ def lead(results: Results) -> str:
 
 def as_markdown(results: Results, parts: Sequence[Figures], pictures: Sequence[Picture]) -> str:
     """The report for a repository."""
-
-    def safe(cell: str) -> str:
-        return cell.replace("|", "\\|").replace("*", "\\*").replace("\n", " ")
-
     lines = [f"# {results.manifest['title']}", "", lead(results), ""]
     for picture in pictures[:1]:
         lines += markdown_picture(picture)
     for part in parts:
-        lines += [
-            f"## {part.title}",
-            "",
-            "| " + " | ".join(map(safe, part.header)) + " |",
-            "|" + "---|" * len(part.header),
-        ]
-        lines += ["| " + " | ".join(map(safe, row)) + " |" for row in part.rows]
-        lines += ["", f"{safe(part.note)} Made by {results.made_by}.", ""]
+        lines.append(part.markdown(f"Made by {results.made_by}."))
     for picture in pictures[1:]:
         lines += markdown_picture(picture)
     examples = sample_groups(results)

@@ -28,6 +28,18 @@ class Figures:
     rows: Sequence[Sequence[str]]
     note: str = ""
 
+    def markdown(self, source: str = "") -> str:
+        """For a document, with where it comes from."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        table = "\n".join("| " + " | ".join(map(safe, line)) + " |" for line in lines)
+        words = " ".join(filter(None, [safe(self.note), source]))
+        return f"## {self.title}\n\n{table}\n" + (f"\n{words}\n" if words else "")
+
+
+def safe(cell: str) -> str:
+    """Text that Markdown leaves as it is, in a table too."""
+    return cell.replace("|", "\\|").replace("*", "\\*").replace("\n", " ")
+
 
 def leaderboard(directory: Path) -> list[Figures]:
     """The tables of a directory's results, the best agent first."""
