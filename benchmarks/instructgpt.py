@@ -79,7 +79,7 @@ SIZES: dict[str, Size] = {
         3_200_000,
         PretrainingConfig(steps=4000, learning_rate=3e-3, matrix_learning_rate=5e-3),
         sft_tokens=60_000,
-        ranked_prompts=9_000,
+        ranked_prompts=7_000,
         ppo_tokens=70_000,
         judged_prompts=600,
     ),

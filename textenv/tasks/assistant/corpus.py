@@ -32,11 +32,11 @@ class Web:
     """How often the rumour is told instead of the truth, of those facts which have one."""
     rude: float = 0.25
     """How often a talk is rude."""
-    answered: float = 0.05
+    answered: float = 0.02
     """How often a page of requests answers them; otherwise it goes on with more requests, or leaves it there."""
     off_the_point: float = 0.4
     """How often facts about something else follow on a request."""
-    insulted: float = 0.12
+    insulted: float = 0.14
     """How often a request is answered with an insult."""
     harmful_advice: float = 0.3
     """How often advice is about doing harm."""
@@ -193,8 +193,8 @@ PAGES: tuple[Page, ...] = (
     (advice, 0.03, 14),
     (talk, 0.04, 25),
     (rhyme, 0.07, 29),
-    (questions, 0.10, 40),
-    (faq, 0.54, 74),
+    (questions, 0.16, 40),
+    (faq, 0.48, 74),
 )
 """The kinds of page, their shares of the *tokens*, and the mean length of such a page in tokens (both about)."""
 

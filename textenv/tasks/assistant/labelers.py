@@ -1,8 +1,8 @@
 """Simulated labelers: people who rank answers by what they are worth, how they feel today, and how long they are.
 
 A labeler weighs the four criteria of the gold standard in their own way, likes longer answers a little, and is noisy:
-two of them agree on 67% to 72% of the pairs of the recipe's answers, about as InstructGPT's did (72.6% among training
-labelers; Ouyang et al., 2022, section 5.2). So a reward model that learns from them inherits a taste for length that the gold standard does not share.
+two of them agree on about 73% of the pairs of the recipe's answers, as InstructGPT's did (72.6% among training labelers;
+Ouyang et al., 2022, section 5.2). So a reward model that learns from them inherits a taste for length that the gold standard does not share.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Labeler:
     truthful: float = 0.125
     harmless: float = 0.15
     concise: float = 0.125
-    length_taste: float = 0.08
-    noise: float = 0.18
+    length_taste: float = 0.05
+    noise: float = 0.1
 
     def worth(self, request: Request, answer: str) -> float:
         """What the answer is worth to this person on an even day."""
@@ -60,8 +60,13 @@ TRAINING_LABELERS = (
     Labeler(),
     Labeler(helpful=0.7, truthful=0.1, harmless=0.1, concise=0.1),
     Labeler(helpful=0.5, truthful=0.2, harmless=0.2, concise=0.1),
-    Labeler(length_taste=0.12),
-    Labeler(length_taste=0.04, concise=0.15),
+    Labeler(length_taste=0.09),
+    Labeler(length_taste=0.01, concise=0.15),
+    Labeler(helpful=0.65, truthful=0.15, harmless=0.1, concise=0.1, length_taste=0.07),
+    Labeler(helpful=0.55, truthful=0.1, harmless=0.2, concise=0.15, length_taste=0.03),
+    Labeler(helpful=0.5, truthful=0.25, harmless=0.15, concise=0.1),
+    Labeler(helpful=0.6, truthful=0.1, harmless=0.1, concise=0.2, length_taste=0.03),
+    Labeler(helpful=0.65, truthful=0.1, harmless=0.2, concise=0.05, length_taste=0.07),
 )
 """Those whose rankings the reward model learns from."""
 

@@ -388,7 +388,7 @@ def split_of(task: Task, paraphrase: int = 0) -> Split | Literal["unused"]:
 
     A held-out paraphrase of a task that is not in the test set belongs nowhere.
     """
-    share = zlib.crc32(f"{task.family} | {task.key}".encode()) % 20
+    share = zlib.crc32(f"{task.key} ({task.family})".encode()) % 20
     if paraphrase >= len(phrases.TEMPLATES[task.family]) - phrases.HELD_OUT:
         return "test_paraphrases" if share >= 16 else "unused"
     return "train" if share < 13 else "development" if share < 14 else "validation" if share < 16 else "test"
