@@ -326,7 +326,9 @@ class _SlotAttention:
             queries = np.arange(int(count.max()))
             self.grid = _Grid(queries < count[:, None], device)
             # (span, Q, width); rows between growing ones read rubbish, which nobody uses
-            mask = np.where(np.arange(slots.width) > (first[:, None] + queries)[:, :, None], np.finfo(np.float32).min, 0.0)
+            mask = np.where(
+                np.arange(slots.width) > (first[:, None] + queries)[:, :, None], np.finfo(np.float32).min, 0.0
+            )
             rows = torch.from_numpy(mask).to(device, slots.store.dtype)[:, None, None]
             share = slots.heads // slots.kv_heads  # query heads that read one key/value head
             self.mask = rows.expand(-1, slots.kv_heads, share, -1, -1).reshape(-1, share * len(queries), slots.width)
