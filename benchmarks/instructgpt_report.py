@@ -222,7 +222,7 @@ img {{ width: 100%; height: auto; }}
 .scroll {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .86rem; }}
 th, td {{ padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #dde5ea; }} th:first-child, td.text {{ text-align: left; white-space: nowrap; }}
 td {{ white-space: nowrap; }} td.text {{ white-space: normal; min-width: 16rem; }} .stages th:last-child {{ text-align: left; }} thead th {{ vertical-align: bottom; font-weight: 600; }} tr.ppo_ptx {{ background: #fdf3ee; }} tr.ceiling {{ color: #708090; font-style: italic; }}
-tbody th:first-child {{ position: sticky; left: 0; background: inherit; background-color: #fff; }}
+tbody th:first-child {{ position: sticky; left: 0; background: #fff; }} tr.ppo_ptx th:first-child {{ background: #fdf3ee; }}
 .samples {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .8rem; }}
 article {{ border: 1px solid #dde5ea; border-radius: .5rem; padding: .7rem .9rem; }}
 dl {{ margin: 0; font-size: .88rem; }} dt {{ font-weight: 600; margin-top: .3rem; }} dt span {{ color: #708090; font-weight: 400; }} dd {{ margin: 0; overflow-wrap: anywhere; }}

@@ -95,6 +95,8 @@ def generate(arguments: Sequence[str]) -> None:
     options = tyro.cli(GenerateArguments, args=flags, prog="textenv generate DIR", description=generate.__doc__)
     agent, _ = load_run(Path(names[0]), options, num_envs=1)
     agent.set_random_seed(options.seed)
+    if not options.text and sys.stdin.isatty():
+        print("Prompts, one per line; Ctrl-D ends them:", file=sys.stderr)
     prompts = options.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     with usage_errors():
         completions = agent.generate(prompts, options.deterministic)
@@ -109,4 +111,4 @@ def interval(values: Any) -> str:
     if np.isnan(values).all():
         return "-"
     half = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.3f} ± {half:.3f}"
+    return f"{np.mean(values):z.3f} ± {half:.3f}"
