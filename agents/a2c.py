@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from agents.advantages import AGGREGATIONS, aggregate, gae, masked_mean, whiten
+from agents.advantages import AGGREGATIONS, aggregate, gae, importance_weights, masked_mean, whiten
 from agents.base import AgentConfig, LanguageModelAgent, MaybeCallback
 from agents.config import check_choice
 from agents.policy import Critic
@@ -109,6 +109,8 @@ class A2C(LanguageModelAgent):
         )
         if cfg.whiten_advantages:
             advantages = whiten(advantages, m)
+        if cfg.rollout_dtype is not None:
+            advantages = advantages * importance_weights(log_probs, old, m)
 
         policy_loss = aggregate(-advantages * log_probs, m, cfg.loss_aggregation, mask.shape[1])
         value_loss = aggregate(0.5 * (values - targets) ** 2, m, cfg.loss_aggregation, mask.shape[1])

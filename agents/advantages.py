@@ -57,6 +57,28 @@ def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (rewards * mask).flip(-1).cumsum(-1).flip(-1) * mask
 
 
+IMPORTANCE_CAP = 2.0
+"""No completion counts for more than so many: one weight must not make a gradient."""
+
+
+def importance_weights(log_probs: torch.Tensor, drawn: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """How much more probable completions are under the policy than under what they were drawn from, truncated.
+
+    Of whole completions: E_mu[w(y) f(y)] = E_pi[f(y)] with w = pi(y) / mu(y), and with no product of fewer factors. (Truncated
+    importance sampling against rounded rollouts: Yao et al., 2025, https://fengyao.notion.site/off-policy-rl.)
+
+    Args:
+        log_probs: Of tokens under the policy pi. Shape: (B, T), nats.
+        drawn: Of the same tokens under the distribution mu that they were drawn from. Shape: (B, T), nats.
+        mask: Shape: (B, T).
+
+    Returns:
+        Constants, at most `IMPORTANCE_CAP`. Shape: (B, 1).
+    """
+    log_ratio = ((log_probs.detach() - drawn) * mask).sum(dim=1, keepdim=True)
+    return log_ratio.exp().clamp(max=IMPORTANCE_CAP)
+
+
 # ---------------------------------------------------------------------- advantages of completions within their group
 
 

@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.logger import CSVOutputFormat, Logger, configure
 
+from agents.adapters import load_adapter, read_adapter_config, save_adapter, save_merged
 from agents.checkpoints import (
+    ADAPTER_DIR,
     AGENT_FILE,
     CRITIC_FILE,
     POLICY_DIR,
@@ -76,6 +78,7 @@ class LanguageModelAgent:
         seed: Of sampling, minibatches and the environment's lanes.
         log_dir: Where `progress.csv` (and tensorboard's files, where installed) go; None logs nothing to disk.
         verbose: 1 prints each iteration's figures.
+        peft_config: `peft.LoraConfig(...)`: train adapters on the reference's own weights instead of a copy (docs/performance.md).
         config: The agent's config dataclass; or give its fields as keywords.
 
     Attributes:
@@ -97,6 +100,7 @@ class LanguageModelAgent:
         seed: int | None = None,
         log_dir: str | Path | None = None,
         verbose: int = 0,
+        peft_config: Any = None,
         config: AgentConfig | None = None,
         **overrides: Any,
     ) -> None:
@@ -107,8 +111,11 @@ class LanguageModelAgent:
 
         seeds = np.random.SeedSequence(seed).spawn(2)
         self.rng, self._predict_rng = (np.random.default_rng(child) for child in seeds)
+        self.peft_config = peft_config
         self.policy = self.make_policy()
         self.policy.tokens_per_pass = self.config.tokens_per_pass
+        if self.config.rollout_dtype is not None:
+            self.policy.rollout_dtype = getattr(torch, self.config.rollout_dtype)
         self.attach_to_env()
         self.env.reset(seed=seed)
 
@@ -186,7 +193,7 @@ class LanguageModelAgent:
 
     def make_policy(self) -> Policy:
         """What acts. An agent with another kind of policy returns it here."""
-        return Policy(self.lanes.reference, self.config.top_k, self.config.top_p)
+        return Policy(self.lanes.reference, self.config.top_k, self.config.top_p, self.peft_config)
 
     def attach_to_env(self) -> None:
         """Have the environment measure this policy's KL, and pay it if that is where the agent has it."""
@@ -292,7 +299,7 @@ class LanguageModelAgent:
         """Write a checkpoint directory, all of it or nothing.
 
         During a rollout (from a callback, say) it holds the state after the last update: resuming repeats the rollout.
-        `policy/` loads with `AutoModelForCausalLM.from_pretrained`; `critic.safetensors` holds what else was trained;
+        `policy/` loads with `AutoModelForCausalLM.from_pretrained` (adapters are merged into it, and by themselves in `adapter/`); `critic.safetensors` holds what else was trained;
         `trainer.pt` what resuming needs (it loads with `weights_only=True`); `agent.json` says what it is.
         """
         path = Path(path)
@@ -303,7 +310,11 @@ class LanguageModelAgent:
         scratch.chmod(0o755)  # mkdtemp makes it private
         try:
             with quiet_loading():
-                self.policy.model.save_pretrained(scratch / POLICY_DIR)
+                if self.policy.adapter is None:
+                    self.policy.model.save_pretrained(scratch / POLICY_DIR)
+                else:
+                    save_merged(self.policy.adapter, scratch / POLICY_DIR)
+                    save_adapter(self.policy.adapter, scratch / ADAPTER_DIR)
             self.lanes.tokenizer.save_pretrained(scratch / POLICY_DIR)
             tensors = {
                 f"{name}.{key}": value.contiguous()
@@ -357,7 +368,8 @@ class LanguageModelAgent:
                 f"{path / TRAINER_FILE} cannot be read ({type(error).__name__}): it is missing or truncated, or holds objects that plain "
                 "checkpoints do not (which are never unpickled). Take another checkpoint; policy/ may still load by itself."
             ) from error
-        agent = cls(env, seed=about["seed"], **about["config"], **kwargs)
+        adapters = {"peft_config": read_adapter_config(path / ADAPTER_DIR)}
+        agent = cls(env, seed=about["seed"], **about["config"], **adapters, **kwargs)
         agent._load_tensors(path)
         try:
             agent._restore(state)
@@ -373,11 +385,14 @@ class LanguageModelAgent:
         return agent
 
     def _load_tensors(self, path: Path) -> None:
-        policy_file = path / POLICY_DIR / "model.safetensors"
-        stored, expected = read_tensors(policy_file), self.policy.model.state_dict()
-        tied = set(expected) - set(unshared(expected))  # stored once, under one of their names
-        check_tensors(stored, expected, policy_file, optional=tied)
-        self.policy.model.load_state_dict(stored, strict=False)
+        if self.policy.adapter is not None:
+            load_adapter(self.policy.adapter, path / ADAPTER_DIR)
+        else:
+            policy_file = path / POLICY_DIR / "model.safetensors"
+            stored, expected = read_tensors(policy_file), self.policy.model.state_dict()
+            tied = set(expected) - set(unshared(expected))  # stored once, under one of their names
+            check_tensors(stored, expected, policy_file, optional=tied)
+            self.policy.model.load_state_dict(stored, strict=False)
         modules = self.trained_modules()
         if modules:
             stored = read_tensors(path / CRITIC_FILE)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 AGENT_FILE, TRAINER_FILE, POLICY_DIR, CRITIC_FILE = "agent.json", "trainer.pt", "policy", "critic.safetensors"
+ADAPTER_DIR = "adapter"
 
 
 class CheckpointError(ValueError):

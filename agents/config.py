@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from agents.advantages import KL_ESTIMATORS
 from textenv.prompts import did_you_mean
@@ -32,8 +32,18 @@ class AgentConfig:
     tokens_per_pass: int | None = None
     """Activation checkpointing: an update over more tokens (prompts counted) than this runs in several passes, each computed a
     second time for its gradient. A third more work, for memory that does not grow with the minibatch; None holds it whole."""
+    rollout_dtype: Literal["bfloat16"] | None = None
+    """Draw tokens from a copy of the policy in bfloat16, where the processor computes faster in it; what is trained stays in
+    float32, and tokens count by their importance (docs/performance.md). None draws from the policy itself."""
 
     def __post_init__(self) -> None:
+        if self.rollout_dtype not in (None, "bfloat16"):
+            raise ValueError(f"Expected rollout_dtype to be 'bfloat16' or None, got {self.rollout_dtype!r}.")
+        if self.rollout_dtype is not None and (self.top_k is not None or self.top_p is not None):
+            raise ValueError(
+                f"rollout_dtype={self.rollout_dtype!r} goes with neither top_k nor top_p: tokens that rounding brings into the set have no "
+                "probability under the policy that is trained. Take one or the other."
+            )
         for name in ("learning_rate", "decay_timesteps", "max_grad_norm", "tokens_per_pass"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -49,7 +59,7 @@ def make_config(agent: type[LanguageModelAgent], config: AgentConfig | None, ove
     known = [field.name for field in fields(agent.Config)]
     for name in overrides:
         if name not in known:
-            hint = did_you_mean(name, [*known, "seed", "log_dir", "verbose", "config"])
+            hint = did_you_mean(name, [*known, "seed", "log_dir", "verbose", "peft_config", "config"])
             raise ValueError(f"{agent.__name__} has no setting {name!r}; it has {known}.{hint}")
     if config is None:
         return agent.Config(**overrides)

@@ -120,6 +120,12 @@ class GRPOConfig(AgentConfig):
         check_choice("loss_aggregation", self.loss_aggregation or "token", AGGREGATIONS)
         check_kl_settings(self.kl_placement or "loss", self.kl_estimator)
 
+        if self.rollout_dtype is not None and (self.ratio_of or VARIANTS[self.variant]["ratio_of"]) == "sequence":
+            raise ValueError(
+                f"rollout_dtype={self.rollout_dtype!r} does not go with ratio_of='sequence' (GSPO): its clip range is as narrow as the "
+                "rounding is wide. Take another variant, or leave rollout_dtype out."
+            )
+
     def resolved(self) -> GRPOConfig:
         """With the variant's values where nothing else was said."""
         unset = {name: value for name, value in VARIANTS[self.variant].items() if getattr(self, name) is None}

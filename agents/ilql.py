@@ -73,6 +73,10 @@ class ILQLConfig(AgentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rollout_dtype is not None:
+            raise ValueError(
+                f"Expected rollout_dtype=None, got {self.rollout_dtype!r}: ILQL writes by heads on the policy's own states. Leave it out."
+            )
         for name in ("episodes_per_update", "minibatch_episodes", "gradient_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected {name} >= 1, got {getattr(self, name)!r}.")

@@ -19,7 +19,7 @@ Run: textenv train NLPO textenv/Arithmetic-v0 --seed 0
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class NLPO(PPO):
 
     def make_policy(self) -> MaskedPolicy:
         """A policy with its mask."""
-        return MaskedPolicy(self.lanes.reference, self.config.mask_top_p, self.config.mask_min_tokens)
+        return MaskedPolicy(self.lanes.reference, self.config.mask_top_p, self.config.mask_min_tokens, self.peft_config)
 
     def learn(self, total_timesteps: int, callback: MaybeCallback = None, progress_bar: bool = False) -> Self:
         """Train until `total_timesteps` more tokens have been sampled (the last rollout is finished)."""
@@ -103,13 +103,16 @@ class MaskedPolicy(Policy):
         reference: What policy and mask policy start as.
         top_p: Probability of the nucleus.
         min_tokens: Tokens that it has at least.
+        peft_config: See `Policy`.
     """
 
-    def __init__(self, reference: LanguageModel, top_p: float = 0.9, min_tokens: int = 1) -> None:
-        super().__init__(reference)
+    def __init__(
+        self, reference: LanguageModel, top_p: float = 0.9, min_tokens: int = 1, peft_config: Any = None
+    ) -> None:
+        super().__init__(reference, peft_config=peft_config)
         # The nucleus is cut here and not by `Behaviour`: it has a least size, and a training pass keeps drawn tokens.
         self.top_p, self.min_tokens = top_p, min_tokens
-        self.mask_lm = reference.clone(trainable=False)
+        self.mask_lm = self.lm.clone(trainable=False)
 
     def update_mask(self) -> None:
         """Let the mask policy be a copy of the policy as it is now."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from agents.adapters import adapted
 from textenv.lm import LanguageModel, in_chunks, response_index, response_states, runs, trunk_states
 from textenv.prompts import did_you_mean
 from textenv.sampling import draw_scored, entropy, log_prob
@@ -44,11 +45,31 @@ class Policy:
         reference: The environment's reference model; the policy starts as a copy of it, under its temperature and action mask.
         top_k: Truncate to the k most probable tokens.
         top_p: Truncate to the nucleus of probability p.
+        peft_config: Train adapters on the reference's own weights, which stay as they are, instead of a copy of all.
+
+    Attributes:
+        lm: The model that is trained.
+        adapter: The same as `peft` has it; None without adapters.
     """
 
-    def __init__(self, reference: LanguageModel, top_k: int | None = None, top_p: float | None = None) -> None:
-        self.lm = reference.clone(replace(reference.behaviour, top_k=top_k, top_p=top_p))
-        self.tokens_per_pass: int | None = None  # see `AgentConfig`
+    def __init__(
+        self,
+        reference: LanguageModel,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        peft_config: Any = None,
+    ) -> None:
+        behaviour = replace(reference.behaviour, top_k=top_k, top_p=top_p)
+        self.adapter = None if peft_config is None else adapted(reference.model, peft_config)
+        if self.adapter is None:
+            self.lm = reference.clone(behaviour)
+        else:
+            model, settings = self.adapter.get_base_model(), {"check": reference.check, "cached": reference.cached}
+            self.lm = LanguageModel(model, reference.max_tokens, behaviour, **settings)
+        self.tokens_per_pass: int | None = None  # these two: see `AgentConfig`
+        self.rollout_dtype: torch.dtype | None = None
+        self._rounded: LanguageModel | None = None
+        self._rounded_is_old = False
         self._sampled: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]] | None = None
 
     @property
@@ -64,6 +85,22 @@ class Policy:
         """Forget cached computations: the weights have changed."""
         self.lm.invalidate()
         self._sampled = None
+        self._rounded_is_old = True
+
+    @property
+    def sampler(self) -> LanguageModel:
+        """What tokens are drawn from: `lm`, or its copy in `rollout_dtype`, as new as its weights."""
+        if self.rollout_dtype is None:
+            return self.lm
+        if self._rounded is None:
+            self._rounded = self.lm.clone(trainable=False, dtype=self.rollout_dtype)
+        elif self.lm.refresh() or self._rounded_is_old:
+            with torch.no_grad():
+                for rounded, p in zip(self._rounded.model.parameters(), self.model.parameters(), strict=True):
+                    rounded.copy_(p)
+            self._rounded.invalidate()
+        self._rounded_is_old = False
+        return self._rounded
 
     @torch.no_grad()
     def act(
@@ -129,7 +166,8 @@ class Policy:
     @torch.no_grad()
     def next_logits(self, observations: NDArray[np.int64]) -> torch.Tensor:
         """Logits of the distribution that is sampled, `-inf` where a token cannot be drawn. To be read only. Shape: (N, L) -> (N, V)."""
-        return self.lm.behaviour.logits(self.lm.shared_logits(observations), observations)
+        lm = self.sampler
+        return lm.behaviour.logits(lm.shared_logits(observations), observations)
 
     def response_logits(
         self,

@@ -28,7 +28,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from agents.advantages import AGGREGATIONS, aggregate, kl_terms, masked_mean, returns_to_go, whiten
+from agents.advantages import AGGREGATIONS, aggregate, importance_weights, kl_terms, masked_mean, returns_to_go, whiten
 from agents.base import AgentConfig, LanguageModelAgent, Learning, MaybeCallback
 from agents.config import check_choice, check_kl_settings
 from agents.rollout import collect, run_prompts
@@ -136,12 +136,13 @@ class REINFORCE(LanguageModelAgent):
         )
         part = slice(0, log_probs.shape[1])  # as wide as the longest response
         m, old, adv = mask[:, part], old_log_probs[:, part], advantages[:, part]
-        policy_loss = aggregate(-adv * log_probs, m, cfg.loss_aggregation, mask.shape[1])
+        weights = 1.0 if cfg.rollout_dtype is None else importance_weights(log_probs, old, m)
+        policy_loss = aggregate(-weights * adv * log_probs, m, cfg.loss_aggregation, mask.shape[1])
         loss = policy_loss - cfg.ent_coef * aggregate(entropy, m, cfg.loss_aggregation, mask.shape[1])
         if self.kl_placement == "loss":
             ratio = torch.exp(log_probs - log_probs.detach())  # 1, with a gradient
             kl_losses = kl_terms(log_probs - self.reference_log_probs(episodes)[:, part], ratio, cfg.kl_estimator)
-            kl_loss = aggregate(kl_losses, m, cfg.loss_aggregation, mask.shape[1])
+            kl_loss = aggregate(weights * kl_losses, m, cfg.loss_aggregation, mask.shape[1])
             loss = loss + self.lanes.kl.beta * kl_loss
             self.logger.record("train/kl_loss", kl_loss.item())
         loss.backward()

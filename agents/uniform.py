@@ -20,6 +20,8 @@ class RandomAgent(LanguageModelAgent):
 
     def __init__(self, env: Any, **kwargs: Any) -> None:
         super().__init__(env, **kwargs)
+        if self.peft_config is not None:
+            raise ValueError("Expected no peft_config: RandomAgent learns nothing, so there is nothing to adapt.")
         with torch.no_grad():  # all logits equal; the action mask still applies
             for parameter in self.policy.model.get_output_embeddings().parameters():  # some heads have a bias
                 parameter.zero_()

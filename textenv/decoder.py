@@ -36,6 +36,8 @@ class _Linear(NamedTuple):
     parameters: dict[str, Any]
     transposed: bool = False
     """Whether the weight is (in, out), as GPT-2 has it."""
+    adapted: Any = None
+    """A layer of `peft` around it, to be called in its place."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,23 @@ class Decoder:
         return known
 
     def fused(self) -> Decoder:
-        """A copy that has query, key and value in one matrix, and gate and up: fewer calls, for passes without gradient.
+        """A copy that has query, key and value in one matrix, and gate and up, and adapters in the weights they adapt.
+
+        It has fewer calls, for passes without gradient.
 
         It does not follow the weights: make it again when they change.
         """
         twin = copy.copy(self)
-        twin.layers = [replace(layer, qkv=_fused(layer.qkv), up=_fused(layer.up)) for layer in self.layers]
+        twin.layers = [
+            replace(
+                layer,
+                qkv=_fused([_merged(part) for part in layer.qkv]),
+                attention_out=_merged(layer.attention_out),
+                up=_fused([_merged(part) for part in layer.up]),
+                down=_merged(layer.down),
+            )
+            for layer in self.layers
+        ]
         return twin
 
     @property
@@ -116,14 +129,16 @@ class Decoder:
         return weight
 
     def part(self, parent: nn.Module, name: str) -> _Linear:
-        """Weight and bias of a plain module; one that an adapter has wrapped is not plain."""
-        module = parent._modules[name]
+        """Weight and bias of a plain module, or of one that LoRA has wrapped."""
+        module: Any = parent._modules[name]
+        self._places.append((parent._modules, name, module))
+        adapted = module if _is_lora(module) else None
+        if adapted is not None:
+            module = adapted.base_layer
         plain = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm)
         if type(module) not in plain and type(module).__name__ != "LlamaRMSNorm":
             raise NotImplementedError(f"{type(module).__name__} as {name}")
-        assert module is not None
-        self._places.append((parent._modules, name, module))
-        return _Linear(module._parameters, transposed=type(module) is Conv1D)
+        return _Linear(module._parameters, type(module) is Conv1D, adapted)
 
     def _intact(self, trunk: Any) -> bool:
         """Whether the trunk still consists of the modules that were read, without hooks."""
@@ -133,7 +148,10 @@ class Decoder:
             and not trunk._forward_pre_hooks
             and (self.weights.device, self.weights.dtype) == self._home
             and all(
-                modules.get(name) is module and not module._forward_hooks and not module._forward_pre_hooks
+                modules.get(name) is module
+                and not module._forward_hooks
+                and not module._forward_pre_hooks
+                and (_is_lora(module) or not hasattr(module, "base_layer"))
                 for modules, name, module in self._places
             )
         )
@@ -405,6 +423,8 @@ def _ranges(
 
 
 def _linear(x: Tensor, linear: _Linear) -> Tensor:
+    if linear.adapted is not None:
+        return linear.adapted(x)
     weight, bias = linear.parameters["weight"], linear.parameters["bias"]
     if linear.transposed:
         return torch.addmm(bias, x, weight)
@@ -416,9 +436,32 @@ def _side_by_side(x: Tensor, linears: list[_Linear]) -> Tensor:
 
 
 def _linear_and_add(x: Tensor, linear: _Linear, to: Tensor) -> Tensor:
+    if linear.adapted is not None:
+        return to + linear.adapted(x)
     weight, bias = linear.parameters["weight"], linear.parameters["bias"]
     out = torch.addmm(to, x, weight if linear.transposed else weight.t())
     return out if bias is None else out + bias
+
+
+def _is_lora(module: Any) -> bool:
+    """Whether this is the plain kind of LoRA (Hu et al., 2021), W + s B A, by `peft`, in use and not merged already."""
+    return (
+        type(module).__module__ == "peft.tuners.lora.layer"
+        and type(module).__name__ == "Linear"
+        and not (module.merged or module.disable_adapters or module.lora_variant or any(module.lora_bias.values()))
+    )
+
+
+def _merged(linear: _Linear) -> _Linear:
+    """An adapted layer as a plain one, with a weight of its own."""
+    if linear.adapted is None:
+        return linear
+    with torch.no_grad():
+        weight = linear.parameters["weight"].clone()
+        for name in linear.adapted.active_adapters:
+            if name in linear.adapted.lora_A:
+                weight += linear.adapted.get_delta_weight(name)
+    return _Linear({"weight": weight, "bias": linear.parameters["bias"]}, linear.transposed)
 
 
 def _fused(linears: list[_Linear]) -> list[_Linear]:

@@ -35,6 +35,9 @@ _PROBED: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary
 PACK_HEAD_FROM = 1_000_000
 """Weights of a head that is worth packing: below, a plain product is as fast."""
 
+BFLOAT16_PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether oneDNN computes in bfloat16 on this processor."""
+
 LOGITS_PER_CHUNK = 1 << 23
 """Logits that are computed at a time where they are used up at once."""
 
@@ -87,9 +90,20 @@ class LanguageModel:
         """Where the weights are."""
         return self.model.device
 
-    def clone(self, behaviour: Behaviour | None = None, *, trainable: bool = True) -> LanguageModel:
-        """A copy with weights of its own, and an empty cache."""
+    def clone(
+        self, behaviour: Behaviour | None = None, *, trainable: bool = True, dtype: torch.dtype | None = None
+    ) -> LanguageModel:
+        """A copy with weights of its own, and an empty cache.
+
+        Args:
+            behaviour: None is that of the original.
+            trainable: Whether the copy's weights are trained.
+            dtype: Of the copy's weights. None is the original's, and float32 for half precision that is trained: an update is
+                smaller than bfloat16's rounding.
+        """
         model = copy.deepcopy(self.model).requires_grad_(trainable)
+        for p in model.parameters():  # not `model.to`, which would round a rotation's frequencies as well
+            p.data = p.data.to(dtype or (torch.promote_types(p.dtype, torch.float32) if trainable else p.dtype))
         return LanguageModel(model, self.max_tokens, behaviour or self.behaviour, check=self.check, cached=self.cached)
 
     def invalidate(self) -> None:
@@ -250,8 +264,8 @@ class LanguageModel:
             and type(head) is torch.nn.Linear
             and head.weight.numel() >= PACK_HEAD_FROM
             and head.weight.device.type == "cpu"
-            and head.weight.dtype == torch.float32
             and torch.backends.mkldnn.is_available()
+            and (head.weight.dtype == torch.float32 or (head.weight.dtype == torch.bfloat16 and BFLOAT16_PACKS))
         ):
             self._packed_head = torch.ops.mkldnn._reorder_linear_weight(head.weight.detach())
 

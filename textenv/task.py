@@ -138,7 +138,8 @@ def load_model(model: Any, tokenizer: Any = None, device: str | None = None) -> 
             ) from error
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise ValueError(f"Expected a transformers causal language model, got {type(model).__name__}.")
+        hint = " Merge its adapters: model.merge_and_unload()." if hasattr(model, "merge_and_unload") else ""
+        raise ValueError(f"Expected a transformers causal language model, got {type(model).__name__}.{hint}")
     if tokenizer is None:
         raise ValueError(
             "A loaded model does not carry its tokenizer: pass tokenizer= (a name, a directory or a loaded one)."

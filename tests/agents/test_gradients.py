@@ -98,15 +98,18 @@ class World:
         assert log_p.exp().sum().item() == pytest.approx(1.0)  # nothing has been left out
         return (log_p.exp() * (self.rewards - beta * (log_p - log_ref))).sum()
 
-    def batches(self, size):
+    def batches(self, size, log_p=None):
         """Every batch (the order does not matter), and how probable it is."""
-        p = self.log_probs(self.model).detach().exp().tolist()
+        p = (self.log_probs(self.model).detach() if log_p is None else log_p).exp().tolist()
         for rows in itertools.combinations_with_replacement(range(len(p)), size):
             ways = math.factorial(size) // math.prod(math.factorial(n) for n in Counter(rows).values())
             yield rows, ways * math.prod(p[i] for i in rows)
 
-    def expected_gradient(self, size, before=lambda agent: None, **kwargs):
-        """Minus the gradient of the step that `update` takes, averaged over all batches. A skipped step counts as 0."""
+    def expected_gradient(self, size, before=lambda agent: None, log_p=None, **kwargs):
+        """Minus the gradient of the step that `update` takes, averaged over all batches. A skipped step counts as 0.
+
+        Batches are drawn from the policy, or from completions of log-probabilities `log_p`.
+        """
         agent, taken = self.agent, []
 
         def note(optimizer):
@@ -116,7 +119,7 @@ class World:
 
         agent.apply_gradients = note
         total, mass = 0.0, 0.0
-        for rows, probability in self.batches(size):
+        for rows, probability in self.batches(size, log_p):
             before(agent)
             agent.update(take(self.episodes, rows), **kwargs)
             assert len(taken) <= 1
@@ -193,6 +196,36 @@ PPO_SETTINGS = ACTOR_CRITIC | {"epochs": 1, "target_kl": None, "warmup_iteration
 def test_the_expected_gradient_is_that_of_the_objective(cls, size, config, factor, stops):
     world = build(cls, stops, size, **config)
     assert relative_error(world.expected_gradient(size), factor * world.gradient(world.objective())) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("cls", "size", "config", "factor"),
+    [
+        (A2C, 1, ACTOR_CRITIC, 1 / HORIZON),
+        (REINFORCE, 1, {"baseline": "none"}, 1 / HORIZON),
+        (REINFORCE, 3, {"baseline": "batch_mean"}, 2 / 3 / HORIZON),
+        (REINFORCE, 1, {"baseline": "none", "kl_placement": "loss", "kl_estimator": "k2"}, 1 / HORIZON),
+        (RLOO, 2, {}, 1.0),
+        (RLOO, 2, {"kl_placement": "loss", "kl_estimator": "ratio_k3"}, 1.0),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_completions_of_a_rounded_copy_are_weighed_to_the_gradient_of_the_policy(cls, size, config, factor):
+    """They are drawn by probabilities that are off by percents; the gradient is not."""
+    world = build(cls, STOPPING, size, rollout_dtype="bfloat16", **config)
+    drawn = torch.from_numpy(world.episodes.log_probs.sum(axis=1))
+    log_p, log_ref = world.log_probs(world.model), world.log_probs(world.reference).detach()
+    assert drawn.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+    assert (drawn - log_p).abs().max() > 5e-3
+    if "kl_placement" in config and cls is REINFORCE:  # its k2 of tokens follows the KL of visited states
+        tables = zip(world.tables(world.model), world.tables(world.reference), strict=True)
+        kl = torch.stack([(p.exp() * (p - r.detach())).sum() for p, r in tables])
+        goal = (log_p.exp() * world.rewards).sum() - BETA * (log_p.detach().exp() * kl).sum()
+    else:
+        paid = drawn if "kl_placement" not in config else log_p
+        goal = (log_p.exp() * (world.rewards - BETA * (paid - log_ref))).sum()
+    exact = factor * world.gradient(goal)
+    assert relative_error(world.expected_gradient(size, log_p=drawn), exact) < 1e-5
 
 
 def test_ppo_does_too():
