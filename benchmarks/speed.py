@@ -106,6 +106,12 @@ class Bench:
             out.append(replace(side, threads=self.chosen[where]))
         return out
 
+    def policy(self, envs: Any) -> Policy:
+        """One that draws in the precision of the run; what it would train is float32."""
+        policy = Policy(envs.unwrapped.reference)
+        policy.rollout_dtype = None if self.dtype == torch.float32 else self.dtype
+        return policy
+
     def saved(self, shape: Shape, stops: bool) -> tuple[str, Any, Any]:
         """The model of an iteration, written to disk: its directory, itself, its tokenizer."""
         budget = self.size.iteration[1]
@@ -163,7 +169,7 @@ def rollouts(bench: Bench, shape: Shape, lanes: int, stops: bool, name: str) -> 
     tokenizer, prompts = build_tokenizer(shape.vocab_size), build_prompts(shape.vocab_size, episodes)
     envs = make_envs(model, tokenizer, prompts, lanes=lanes, budget=budget)
     brief = make_envs(model, tokenizer, prompts, lanes=lanes, budget=min(PROBE_BUDGET, budget))
-    policy, rng = Policy(envs.unwrapped.reference), np.random.default_rng(SEED)
+    policy, rng = bench.policy(envs), np.random.default_rng(SEED)
 
     def ours(wrap: Callable[[Any], Any]) -> tuple[Callable[[], int], Callable[[], int]]:
         return lambda: rollout(wrap(envs), policy, episodes, rng), lambda: rollout(wrap(brief), policy, lanes, rng)
@@ -192,7 +198,7 @@ def lanes(bench: Bench, shape: Shape, name: str) -> list[Row]:
     prompts = build_prompts(shape.vocab_size, episodes)
     envs = make_envs(model, tokenizer, prompts, lanes=n, budget=budget, beta=BETA)
     brief = make_envs(model, tokenizer, prompts, lanes=n, budget=min(PROBE_BUDGET, budget), beta=BETA)
-    policy, rng = Policy(envs.unwrapped.reference), np.random.default_rng(SEED)
+    policy, rng = bench.policy(envs), np.random.default_rng(SEED)
     for env in (envs, brief):
         env.unwrapped.attach_policy(policy)
 
