@@ -14,7 +14,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from agents.adapters import adapted
-from textenv.lm import LanguageModel, in_chunks, response_index, response_states, runs, trunk_states
+from textenv.lm import (
+    TOKENS_PER_PASS,
+    LanguageModel,
+    in_chunks,
+    length_buckets,
+    response_index,
+    response_states,
+    trunk_states,
+)
 from textenv.prompts import did_you_mean
 from textenv.sampling import draw_scored, entropy, log_prob
 
@@ -182,9 +190,9 @@ class Policy:
     def evaluate(
         self, episodes: Responses, rows: NDArray[np.int64], entropy_gradient: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Score responses in one teacher-forced pass, never one row per (prefix, token). Differentiable.
+        """Score responses in teacher-forced passes over rows of like length, never one row per (prefix, token). Differentiable.
 
-        With more than `tokens_per_pass` tokens it is several passes, each forgotten and computed again in the backward pass.
+        With `tokens_per_pass`, each of several passes is forgotten and computed again in the backward pass.
 
         Args:
             episodes: Of which `rows` are used.
@@ -195,19 +203,18 @@ class Policy:
             Log-probabilities (B, T), entropies (B, T), both in nats and 0 after a response's end; and the hidden states they
             came from, back to back (M, d). T is the longest response among `rows`.
         """
-        tokens, m, n = episodes.tokens[rows], episodes.prompt_length[rows], episodes.response_length[rows]
-        passes = [slice(None)]
-        if self.tokens_per_pass is not None and torch.is_grad_enabled():
-            passes = list(runs(m + n, self.tokens_per_pass))
-        parts = [
-            checkpoint(
-                self._evaluate, tokens[i], m[i], n[i], entropy_gradient, use_reentrant=False, preserve_rng_state=False
-            )
-            if len(passes) > 1
-            else self._evaluate(tokens[i], m[i], n[i], entropy_gradient)
-            for i in passes
-        ]
-        log_probs, entropies, hidden = (torch.cat(column) for column in zip(*parts, strict=True))
+        m, n = episodes.prompt_length[rows], episodes.response_length[rows]
+        passes = list(length_buckets(m + n, self.tokens_per_pass or TOKENS_PER_PASS))
+        twice = self.tokens_per_pass is not None and len(passes) > 1 and torch.is_grad_enabled()
+        parts = []
+        for i in passes:
+            part = episodes.tokens[rows[i]], m[i], n[i], entropy_gradient
+            if twice:
+                parts.append(checkpoint(self._evaluate, *part, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(self._evaluate(*part))
+        back = in_order(np.concatenate(passes), n).to(self.lm.device)
+        log_probs, entropies, hidden = (torch.cat(column).index_select(0, back) for column in zip(*parts, strict=True))
         return unpack(log_probs, n), unpack(entropies, n), hidden
 
     def _evaluate(
@@ -290,6 +297,14 @@ def unpack(flat: torch.Tensor, lengths: NDArray[np.int64]) -> torch.Tensor:
     out = flat.new_zeros(len(lengths), int(lengths.max()))
     index = torch.from_numpy(rows).to(flat.device), torch.from_numpy(columns).to(flat.device)
     return out.index_put(index, flat)
+
+
+def in_order(order: NDArray[np.int64], lengths: NDArray[np.int64]) -> torch.Tensor:
+    """Where the tokens of rows 0, 1, ... stand, if the rows stand back to back in this order. Shapes: (B,), (B,) -> (M,)."""
+    begin = np.empty_like(lengths)
+    begin[order] = np.cumsum(lengths[order]) - lengths[order]
+    rows, steps = response_index(np.ones_like(lengths), lengths)
+    return torch.from_numpy(begin[rows] + steps)
 
 
 def _from_reward_model(source: Any, vocab_size: int) -> tuple[nn.Module, nn.Linear]:

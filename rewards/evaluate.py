@@ -134,12 +134,17 @@ def _attempt(component: Component, arguments: Mapping[str, Any]) -> Any:
             return error
 
 
+_PLAIN = (str, int, float, bytes, type(None))
+"""Types of values that nobody can change."""
+
+
 def _fresh(value: Any) -> Any:
     """A copy that a reward may change as it likes."""
-    if isinstance(value, (str, int, float, bytes, type(None))):
+    if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (list, tuple)):  # a tuple becomes a list: rewards are promised lists
-        return [_fresh(item) for item in value]
+        plain = set(map(type, value)).issubset(_PLAIN)  # token ids, say: many
+        return list(value) if plain else [_fresh(item) for item in value]
     if type(value) is dict:
         return {key: _fresh(item) for key, item in value.items()}
     return copy.deepcopy(value)

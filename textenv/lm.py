@@ -41,8 +41,8 @@ BFLOAT16_PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_m
 LOGITS_PER_CHUNK = 1 << 23
 """Logits that are computed at a time where they are used up at once."""
 
-TOKENS_PER_PASS = 16_384
-"""Tokens that one teacher-forced pass may hold, padding included: bounds the memory of scoring many episodes."""
+TOKENS_PER_PASS = 2_048
+"""Tokens of one teacher-forced pass, padding included: bounds memory, and keeps rows of like length together."""
 
 
 class LanguageModel:
@@ -537,37 +537,34 @@ class _WeightWatch:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self._seen: list[object] = []
-        self._watched: list[tuple[dict[str, Any], str, torch.nn.Parameter, int, NDArray[Any] | None]] = []
+        self._watched: list[tuple[dict[str, Any], str, torch.nn.Parameter]] = []
+        self._pointers: list[int] = []
+        self._samples: list[NDArray[Any]] = []
+        self._seen: object = None
 
     def changed(self) -> bool:
         """Whether anything differs from the last call."""
-        seen: list[object] = []
-        for owner, name, p, pointer, samples in self._watched:
-            if owner.get(name) is not p or p.data_ptr() != pointer:
-                self._watched = []
-                break
-            seen.append(p._version)
-            if samples is not None:
-                seen.append(samples.tobytes())
-        if not self._watched:
-            self._watched = list(self._parameters())
-            self._seen = []
-            self.changed()
-            return True
+        there = self._watched and all(owner.get(name) is p for owner, name, p in self._watched)
+        if not there or self._pointers != [p.data_ptr() for _, _, p in self._watched]:
+            self._watch()
+        seen = [p._version for _, _, p in self._watched], np.concatenate(self._samples).tobytes()
         changed, self._seen = seen != self._seen, seen
         return changed
 
-    def _parameters(self) -> Iterator[tuple[dict[str, Any], str, torch.nn.Parameter, int, NDArray[Any] | None]]:
-        for module in self.model.modules():
-            for name, p in module._parameters.items():
-                if p is not None:
-                    yield module._parameters, name, p, p.data_ptr(), self._samples(p)
+    def _watch(self) -> None:
+        """Look up the parameters anew."""
+        modules = self.model.modules()
+        self._watched = [
+            (m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None
+        ]
+        self._pointers = [p.data_ptr() for _, _, p in self._watched]
+        self._samples = [np.empty(0, np.uint8), *(self._sampled(p) for _, _, p in self._watched)]
+        self._seen = None
 
-    def _samples(self, p: torch.nn.Parameter) -> NDArray[Any] | None:
+    def _sampled(self, p: torch.nn.Parameter) -> NDArray[Any]:
         """A view of a few evenly spaced values, the first among them."""
         if p.device.type != "cpu" or not p.is_contiguous() or not p.numel():
-            return None
+            return np.empty(0, np.uint8)
         words = (
             p.detach()
             .view(-1)
