@@ -121,7 +121,10 @@ class SFT(LanguageModelAgent):
         order = np.random.default_rng(0).permutation(len(data.tokens))
         held_out = max(1, round(self.config.validation_fraction * len(order)))
         if held_out >= len(order):
-            raise ValueError(f"Expected at least 2 demonstrations, to learn from and to select by, got {len(order)}.")
+            raise ValueError(
+                f"Expected at least 2 demonstrations, to learn from and to select by; {len(order)} of the "
+                f"{len(self.lanes.task.prompts)} prompts of this split have one."
+            )
         return data, np.sort(order[held_out:]), np.sort(order[:held_out])
 
     def minibatches(self) -> list[NDArray[np.int64]]:

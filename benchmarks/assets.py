@@ -108,7 +108,8 @@ python -m benchmarks.assets assistant    # {minutes:.0f} minutes on two cores: t
 ```
 
 On {prompts} requests that no stage had seen, one answer each at temperature 1, judged by the gold standard (ideal answers score
-{ceiling:.3f}); PPO-ptx, which is not shipped, stands beside them:
+{ceiling:.3f}); PPO-ptx, which is not shipped, stands beside them. (Weights in half precision draw other answers than the demo's, so figures differ a
+little from those of its report. "Obeyed" is whether the request was carried out, right or wrong; "helpful", there, also whether rightly.)
 
 | model | gold score | instruction obeyed | false facts | rude | loss on neutral text, nats |
 |---|---|---|---|---|---|

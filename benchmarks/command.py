@@ -15,7 +15,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from benchmarks.engines import Engine, import_ray
 from benchmarks.play import find_agent
-from benchmarks.run import ResultsExist, run_suite
+from benchmarks.records import ResultsExist
+from benchmarks.run import run_suite
 from benchmarks.suites import SUITES, Preset, Suite, Task
 from textenv.cli.arguments import UsageError, first_line_of, load_object, textenv_ids, usage_errors, whole_number
 from textenv.prompts import did_you_mean
@@ -159,6 +160,7 @@ def run(name: str, short: str, suite: Suite, options: SuiteArguments) -> None:
     if failed < len(rows):
         print_tables(leaderboard(out), console)
     files = write_report(out)
+    console.print(f"report: {files[0]}   rows: {out / 'rows.jsonl'}", highlight=False)
     if failed:
         console.print(
             f"[red]{failed} of {len(rows)} runs failed[/red]; their rows have the tracebacks.", highlight=False
@@ -166,8 +168,6 @@ def run(name: str, short: str, suite: Suite, options: SuiteArguments) -> None:
         errors = dict.fromkeys(f"{row['agent']}: {row['error'].splitlines()[0]}" for row in rows if "error" in row)
         for line in list(errors)[:ERRORS_SHOWN]:
             console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"report: {files[0]}   rows: {out / 'rows.jsonl'}", highlight=False)
-    if failed == len(rows):
         raise SystemExit(1)
 
 

@@ -36,10 +36,11 @@ from agents import PPO, SFT
 from agents.optim import Muon
 from agents.pretraining import PretrainingConfig, language_model_loss, pretrain, silence_residual_branches
 from agents.rollout import run_prompts
-from benchmarks.records import write_json, write_text
+from benchmarks.records import ResultsExist, locked, write_json, write_text
 from benchmarks.stages import Advance, StagedRun, bar, replaced
 from rewards import RewardModel, train_reward_model
 from rewards.rankings import evaluate_reward_model
+from textenv.cli.arguments import UsageError, usage_errors
 from textenv.task import quiet_loading
 from textenv.tasks.assistant import corpus, demonstrations, gold, labelers
 from textenv.tasks.assistant.requests import Request, make_requests
@@ -532,14 +533,17 @@ def run_demo(options: DemoArguments) -> None:
     """Run the recipe and write its report."""
     from benchmarks.instructgpt_report import write_report
 
-    torch.set_num_threads(options.cores)
-    try:
+    with usage_errors():  # a directory of another run, or one that cannot be written
+        if options.cores < 1:
+            raise ValueError(f"Expected --cores to be at least 1, got {options.cores}.")
         recipe = Recipe(options)
-    except ValueError as error:  # a directory of another run
-        raise SystemExit(str(error)) from None
+    torch.set_num_threads(options.cores)
     already = all(stage in recipe.done for stage in STAGES)
     try:
-        done = recipe.run()
+        with locked(options.out):
+            done = recipe.run()
+    except ResultsExist as error:
+        raise UsageError(str(error)) from None
     except KeyboardInterrupt:
         recipe.console.print(f"\nStopped. What is finished is in {options.out}; the same command goes on from there.")
         raise

@@ -54,9 +54,10 @@ from agents.optim import Muon
 from agents.pretraining import silence_residual_branches
 from agents.rollout import run_prompts
 from benchmarks.instructgpt import Sampler, zero
-from benchmarks.records import write_json, write_text
+from benchmarks.records import ResultsExist, locked, write_json, write_text
 from benchmarks.stages import replaced
 from rewards import RewardModel, train_reward_model
+from textenv.cli.arguments import UsageError, usage_errors
 from textenv.exact import best_of_n
 from textenv.task import quiet_loading
 from textenv.tasks.assistant.gold import assess, judge
@@ -613,12 +614,13 @@ def run_overoptimization(options: OveroptimizationArguments) -> dict[str, dict[s
 
     torch.set_num_threads(1)
     console = Console()
-    try:
+    with usage_errors():  # a directory of another run, or one that cannot be written
         experiment = Experiment(options)
-    except ValueError as error:  # a directory of another run
-        raise SystemExit(str(error)) from None
     try:
-        rows = experiment.run(lambda text: console.print(text, highlight=False))
+        with locked(options.out):
+            rows = experiment.run(lambda text: console.print(text, highlight=False))
+    except ResultsExist as error:
+        raise UsageError(str(error)) from None
     except KeyboardInterrupt:
         console.print(f"\nStopped. What is finished is in {options.out}; the same command goes on from there.")
         raise

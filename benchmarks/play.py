@@ -97,7 +97,7 @@ def measured(cell: Cell) -> dict[str, Any]:
         "metrics": {name: float(value) for name, value in figures.items()},
         "accounts": accounts(agent) if cell.trains else {},
         "curve": curve,
-        "frontier": frontier(unseen.unwrapped),
+        "frontier": frontier(unseen.unwrapped) if "optimum" in figures else {},
         "samples": samples(answers) if "episodes" in vars(answers) else [],
     }
 

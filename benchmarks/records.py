@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import IDENTITY
 
 ROWS, MANIFEST = "rows", "suite.json"
+
+
+class ResultsExist(ValueError):
+    """A directory holds results that the run would touch, or another run is writing there."""
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """One run at a time in a directory; the system lets go of it when the process ends, however that is."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ResultsExist(f"Another run is writing to {out}: wait for it, or choose another --out.") from None
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,10 +10,8 @@ Run: textenv bench SUITE
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,8 @@ from benchmarks.cells import Cell, cells
 from benchmarks.engines import Engine
 from benchmarks.play import current_commit
 from benchmarks.progress import progress
-from benchmarks.records import MANIFEST, ROWS, read_row, read_rows, write_json, write_text
+from benchmarks.records import MANIFEST, ROWS, ResultsExist, locked, read_row, read_rows, write_json, write_text
 from benchmarks.suites import Suite
-
-
-class ResultsExist(ValueError):
-    """A directory holds results that the run would touch."""
 
 
 def run_suite(
@@ -113,14 +107,3 @@ def claim(
     about = {key: getattr(suite, key) for key in kept}
     about["tasks"] = list(dict.fromkeys([*before.get("tasks", []), *suite.tasks]))
     write_json(manifest, {"suite": name} | about | {"agents": agents, "commands": commands})
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """One run at a time in a directory; the system lets go of it when the process ends, however that is."""
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ResultsExist(f"Another run is writing to {out}: wait for it, or choose another --out.") from None
-        yield

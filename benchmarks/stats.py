@@ -131,6 +131,8 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"Expected a list of numbers, got shape {array.shape}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"Expected a confidence between 0 and 1, such as 0.95, got {confidence}.")
     centre = float(array.mean())
     if len(array) < 2:
         return Interval(centre, float("nan"), float("nan"))

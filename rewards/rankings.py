@@ -361,7 +361,7 @@ def read_rankings(rankings: Rankings) -> list[Ranking]:
                 try:
                     rows.append((f"line {number} of {path}", json.loads(line)))
                 except json.JSONDecodeError as error:
-                    raise RewardError(f"line {number} of {path} is not JSON: {error}") from error
+                    raise RewardError(f"line {number} of {path} is not JSON: {error}") from None
     else:
         rows = [(f"ranking {number}", row) for number, row in enumerate(rankings)]
     return [_read_ranking(where, row) for where, row in rows]

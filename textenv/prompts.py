@@ -111,8 +111,12 @@ def tokenize(
     if "prompt" not in names:
         raise ValueError(f"Expected a column 'prompt' in {where}, found {list(names)}.{did_you_mean('prompt', names)}")
     prompts = [row.get("prompt") for row in rows]
-    if len({isinstance(prompt, str) for prompt in prompts}) > 1:
-        raise ValueError(f"Expected all prompts in {where} to be text, or all to be lists of messages, got a mixture.")
+    odd = next((i for i, prompt in enumerate(prompts) if isinstance(prompt, str) != isinstance(prompts[0], str)), None)
+    if odd is not None:
+        raise ValueError(
+            f"Expected all of {where} to be text, or all to be lists of messages; prompt 0 is {str(prompts[0])[:40]!r}, and prompt {odd} is "
+            f"{str(prompts[odd])[:40]!r}."
+        )
     if all(isinstance(prompt, str) and prompt for prompt in prompts):  # in one call, which is ten times faster
         ids = [np.asarray(row, dtype=np.int64) for row in tokenizer(prompts)["input_ids"]]
     else:

@@ -75,9 +75,10 @@ def test_a_suite_of_ones_own_is_run_and_reported(tmp_path, capsys):
     assert "2 runs, 2 of them finished before." in capsys.readouterr().out
 
 
-def test_when_every_run_fails_the_status_says_so(tmp_path, capsys):
+@pytest.mark.parametrize("others", [[], ["BestOfN"]])
+def test_when_a_run_fails_the_status_says_so(others, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["bench", "custom", "--tasks", "textenv/Tree-v0", "--agents", f"{OWN}:Failing", "--seeds", "1",
+        main(["bench", "custom", "--tasks", "textenv/Tree-v0", "--agents", f"{OWN}:Failing", *others, "--seeds", "1",
               "--tokens", "50", "--agent-arg", "episodes_per_update=8", "--env-arg", "horizon=2", "--out", str(tmp_path)])  # fmt: skip
     assert stopped.value.code == 1
     assert "this agent cannot learn" in capsys.readouterr().out

@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import instructgpt
 from benchmarks.instructgpt import STAGES, DemoArguments, Recipe, run_demo
+from benchmarks.records import locked
+from textenv.cli.arguments import UsageError
 from textenv.tasks.assistant import gold, labelers
 from textenv.tasks.assistant.requests import make_requests
 
@@ -80,6 +82,20 @@ def test_a_directory_of_another_seed_is_refused(run):
     options, _ = run
     with pytest.raises(ValueError, match="holds a run with"):
         Recipe(DemoArguments(size="tiny", out=options.out, seed=options.seed + 1))
+
+
+def test_what_cannot_begin_is_said_in_one_line(run, tmp_path):
+    options, _ = run
+    (tmp_path / "file").write_text("")
+    for wrong, message in [
+        (DemoArguments(size="tiny", out=options.out, seed=options.seed + 1), "holds a run with"),
+        (DemoArguments(size="tiny", out=tmp_path / "file"), "file"),
+        (DemoArguments(size="tiny", out=tmp_path / "run", cores=0), "--cores to be at least 1, got 0"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            run_demo(wrong)
+    with locked(options.out), pytest.raises(UsageError, match="Another run is writing"):
+        run_demo(options)
 
 
 def test_wins_and_losses_are_counted_per_request():

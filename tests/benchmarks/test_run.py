@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import engines, run
+from benchmarks import engines
 from benchmarks.cells import IDENTITY, cells
 from benchmarks.engines import Engine
 from benchmarks.play import finite, play, without_time
 from benchmarks.progress import Table
-from benchmarks.records import read_row
-from benchmarks.run import ResultsExist, run_suite
+from benchmarks.records import ResultsExist, locked, read_row
+from benchmarks.run import run_suite
 from tests.benchmarks.suite_for_tests import mine, suite
 
 ONE = replace(suite, tasks={"trap": suite.tasks["trap"]}, agents={"RLOO": suite.agents["RLOO"]}, seeds=1)
@@ -127,7 +127,7 @@ def test_resuming_runs_what_is_missing_failed_or_half_written(tmp_path, monkeypa
 
 def test_a_directory_has_one_writer_at_a_time(tmp_path, monkeypatch):
     pretend(monkeypatch)
-    with run.locked(tmp_path), pytest.raises(ResultsExist, match="Another run is writing"):
+    with locked(tmp_path), pytest.raises(ResultsExist, match="Another run is writing"):
         run_suite("own", suite, tmp_path)
     run_suite("own", suite, tmp_path)
 

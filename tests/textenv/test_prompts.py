@@ -181,7 +181,7 @@ def test_conversations_go_through_the_chat_template(chat_tokenizer: Any) -> None
     [
         ([{"prompt": ""}], "prompt 0 of the prompts to hold text, got an empty string"),
         ([{"prompt": "a"}, {"prompt": ""}], "prompt 1 of the prompts to hold text, got an empty string"),
-        ([{"prompt": "a"}, {"prompt": []}], "all prompts in the prompts to be text, or all to be lists of messages"),
+        ([{"prompt": "a"}, {"prompt": []}], r"the prompts to be text, or all .*; prompt 0 is 'a', and prompt 1 is '\[\]'"),
         ([{"prompt": [{"content": "a"}]}], r"text or a non-empty list of \{'role', 'content'\} messages"),
         ([{"prompt": None}], "text or a non-empty list of .* got None"),
         ([{"prompt": 3}], "text or a non-empty list of .* got 3"),
