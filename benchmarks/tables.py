@@ -178,7 +178,7 @@ def named(results: Results, agent: str) -> str:
 
 def number(value: Any) -> str:
     """Three decimals."""
-    return f"{float(value):.3f}"
+    return f"{float(value):z.3f}"
 
 
 def span(interval: Interval) -> str:
@@ -190,7 +190,7 @@ def plus_minus(interval: Interval) -> str:
     """Estimate and half the interval."""
     digits = 3 if abs(interval.estimate) < 100 else 1
     half = (interval.high - interval.low) / 2
-    return f"{interval.estimate:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
+    return f"{interval.estimate:z.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
 
 def print_tables(figures: Sequence[Figures], console: Any) -> None:
