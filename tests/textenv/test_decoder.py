@@ -68,7 +68,8 @@ def test_whole_rows_and_their_gradients_are_those_of_the_plain_model(known: Any)
 
 
 @torch.no_grad()
-def test_lanes_that_begin_grow_and_share_a_prompt_in_one_pass(known: Any) -> None:
+def test_lanes_that_begin_grow_and_share_a_prompt_in_one_pass(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slots, "BLOCK", 4)  # so that the store grows on the way: 8 wide, then 12
     decoder = Decoder.of(known.base_model)
     assert decoder is not None
     slots, tokens = Slots(decoder.fused(), 4, 12), some_rows()
