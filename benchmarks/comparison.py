@@ -134,7 +134,7 @@ def print_comparison(comparison: Comparison, console: Any) -> bool:
             limits = span(d.difference).replace(" to ", "..")
             table.add_row(
                 ("[bold]" if d.headline else "") + escape(d.metric), number(d.before), number(d.after),
-                f"{d.difference.estimate:+.3f}", limits, str(d.seeds), told,
+                f"{d.difference.estimate:+z.3f}", limits, str(d.seeds), told,
             )  # fmt: skip
         console.print(table)
         console.print()

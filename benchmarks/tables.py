@@ -157,7 +157,7 @@ def versus_first(results: Results, order: Sequence[str]) -> list[Figures]:
                 results.label(agent),
                 number(chance.estimate),
                 span(chance),
-                f"{difference.estimate:+.3f}",
+                f"{difference.estimate:+z.3f}",
                 span(difference),
             ]
         )

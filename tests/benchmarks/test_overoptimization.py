@@ -177,7 +177,7 @@ def test_ppo_is_watched_from_its_start_to_its_end(run):
         assert curve[0]["kl"] == pytest.approx(0, abs=1e-4)
         assert curve[-1]["tokens"] >= PLAN.tokens
         assert len(curve[-1]["gold_by_prompt"]) == PLAN.prompts
-        assert curve[-1]["kl"] > 1e-3
+        assert abs(curve[-1]["kl"]) > 1e-3  # it has moved; over so few answers the mean of log-ratios may be negative
 
 
 def test_seeds_of_ppo_are_taken_together(run):
