@@ -109,12 +109,11 @@ class A2C(LanguageModelAgent):
         )
         if cfg.whiten_advantages:
             advantages = whiten(advantages, m)
-        if cfg.rollout_dtype is not None:
-            advantages = advantages * importance_weights(log_probs, old, m)
+        weights = 1.0 if cfg.rollout_dtype is None else importance_weights(log_probs, old, m)
 
-        policy_loss = aggregate(-advantages * log_probs, m, cfg.loss_aggregation, mask.shape[1])
-        value_loss = aggregate(0.5 * (values - targets) ** 2, m, cfg.loss_aggregation, mask.shape[1])
-        bonus = aggregate(entropy, m, cfg.loss_aggregation, mask.shape[1])
+        policy_loss = aggregate(-weights * advantages * log_probs, m, cfg.loss_aggregation, mask.shape[1])
+        value_loss = aggregate(weights * 0.5 * (values - targets) ** 2, m, cfg.loss_aggregation, mask.shape[1])
+        bonus = aggregate(weights * entropy, m, cfg.loss_aggregation, mask.shape[1])
         loss = policy_loss + cfg.vf_coef * value_loss - cfg.ent_coef * bonus
         loss.backward()
         self.logger.record("train/grad_norm", self.apply_gradients(self.adam))

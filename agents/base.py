@@ -299,8 +299,9 @@ class LanguageModelAgent:
         """Write a checkpoint directory, all of it or nothing.
 
         During a rollout (from a callback, say) it holds the state after the last update: resuming repeats the rollout.
-        `policy/` loads with `AutoModelForCausalLM.from_pretrained` (adapters are merged into it, and by themselves in `adapter/`); `critic.safetensors` holds what else was trained;
-        `trainer.pt` what resuming needs (it loads with `weights_only=True`); `agent.json` says what it is.
+        `policy/` loads with `AutoModelForCausalLM.from_pretrained` (adapters are merged into it, and by themselves in `adapter/`);
+        `critic.safetensors` holds what else was trained; `trainer.pt` what resuming needs (it loads with `weights_only=True`);
+        `agent.json` says what it is.
         """
         path = Path(path)
         if path.exists() and not (path / AGENT_FILE).exists() and (path.is_file() or any(path.iterdir())):
@@ -335,6 +336,7 @@ class LanguageModelAgent:
                 "num_timesteps": progress["num_timesteps"],
                 "env": self.lanes.spec.id if self.lanes.spec else None,
                 "vocab_size": self.lanes.vocab_size,
+                "adapters": self.policy.adapter is not None,
                 "versions": {name: version(name) for name in ("torch", "transformers", "gymnasium")},
                 "history": self.history,
             }
@@ -350,7 +352,7 @@ class LanguageModelAgent:
         Args:
             path: What `save` wrote.
             env: An environment with the same model and task. With the same number of lanes its state is restored as well.
-            kwargs: `log_dir`, `verbose`; the config comes from the checkpoint.
+            kwargs: `log_dir`, `verbose`; the config, and that of adapters, come from the checkpoint.
 
         Raises:
             CheckpointError: Missing, damaged, unsafe, or of another agent or model.
@@ -368,7 +370,12 @@ class LanguageModelAgent:
                 f"{path / TRAINER_FILE} cannot be read ({type(error).__name__}): it is missing or truncated, or holds objects that plain "
                 "checkpoints do not (which are never unpickled). Take another checkpoint; policy/ may still load by itself."
             ) from error
-        adapters = {"peft_config": read_adapter_config(path / ADAPTER_DIR)}
+        peft_config = read_adapter_config(path / ADAPTER_DIR)
+        if peft_config is None and about.get("adapters"):
+            raise CheckpointError(
+                f"{path} has lost its folder {ADAPTER_DIR!r}. Take another checkpoint; policy/ may still load by itself."
+            )
+        adapters = {} if peft_config is None else {"peft_config": peft_config}
         agent = cls(env, seed=about["seed"], **about["config"], **adapters, **kwargs)
         agent._load_tensors(path)
         try:

@@ -244,7 +244,7 @@ class BestOfN(LanguageModelAgent):
         prompt = self.lanes.task.prompts.token_ids[0]
         count, length = len(leaves.tokens), (leaves.tokens < self.lanes.vocab_size).sum(axis=1)
         tokens = np.hstack([np.broadcast_to(prompt, (count, len(prompt))), leaves.tokens])
-        log_p = self.policy.lm.score(tokens, np.full(count, len(prompt)), length).sum(axis=1)
+        log_p = self.policy.sampler.score(tokens, np.full(count, len(prompt)), length).sum(axis=1)
         return best_of_n(log_p, leaves.rewards, self.config.n)
 
     def learn(self, total_timesteps: int, callback: MaybeCallback = None, progress_bar: bool = False) -> Self:

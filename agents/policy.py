@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from agents.adapters import adapted
 from textenv.lm import (
-    TOKENS_PER_PASS,
     LanguageModel,
     in_chunks,
     length_buckets,
     response_index,
     response_states,
+    tokens_per_pass,
     trunk_states,
 )
 from textenv.prompts import did_you_mean
@@ -77,7 +77,7 @@ class Policy:
         self.tokens_per_pass: int | None = None  # these two: see `AgentConfig`
         self.rollout_dtype: torch.dtype | None = None
         self._rounded: LanguageModel | None = None
-        self._rounded_is_old = False
+        self._rounded_at = 0  # `lm.generation` then
         self._sampled: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]] | None = None
 
     @property
@@ -93,21 +93,21 @@ class Policy:
         """Forget cached computations: the weights have changed."""
         self.lm.invalidate()
         self._sampled = None
-        self._rounded_is_old = True
 
     @property
     def sampler(self) -> LanguageModel:
         """What tokens are drawn from: `lm`, or its copy in `rollout_dtype`, as new as its weights."""
         if self.rollout_dtype is None:
             return self.lm
+        self.lm.refresh()
         if self._rounded is None:
             self._rounded = self.lm.clone(trainable=False, dtype=self.rollout_dtype)
-        elif self.lm.refresh() or self._rounded_is_old:
+        elif self._rounded_at != self.lm.generation:
             with torch.no_grad():
                 for rounded, p in zip(self._rounded.model.parameters(), self.model.parameters(), strict=True):
                     rounded.copy_(p)
             self._rounded.invalidate()
-        self._rounded_is_old = False
+        self._rounded_at = self.lm.generation
         return self._rounded
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ class Policy:
             came from, back to back (M, d). T is the longest response among `rows`.
         """
         m, n = episodes.prompt_length[rows], episodes.response_length[rows]
-        passes = list(length_buckets(m + n, self.tokens_per_pass or TOKENS_PER_PASS))
+        passes = list(length_buckets(m + n, self.tokens_per_pass or tokens_per_pass(self.lm.device)))
         twice = self.tokens_per_pass is not None and len(passes) > 1 and torch.is_grad_enabled()
         parts = []
         for i in passes:

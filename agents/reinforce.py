@@ -138,7 +138,7 @@ class REINFORCE(LanguageModelAgent):
         m, old, adv = mask[:, part], old_log_probs[:, part], advantages[:, part]
         weights = 1.0 if cfg.rollout_dtype is None else importance_weights(log_probs, old, m)
         policy_loss = aggregate(-weights * adv * log_probs, m, cfg.loss_aggregation, mask.shape[1])
-        loss = policy_loss - cfg.ent_coef * aggregate(entropy, m, cfg.loss_aggregation, mask.shape[1])
+        loss = policy_loss - cfg.ent_coef * aggregate(weights * entropy, m, cfg.loss_aggregation, mask.shape[1])
         if self.kl_placement == "loss":
             ratio = torch.exp(log_probs - log_probs.detach())  # 1, with a gradient
             kl_losses = kl_terms(log_probs - self.reference_log_probs(episodes)[:, part], ratio, cfg.kl_estimator)

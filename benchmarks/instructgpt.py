@@ -524,7 +524,7 @@ def print_table(console: Console, rows: dict[str, Any]) -> None:
     for name, row in rows.items():
         versus = "" if name == "sft" else f"{row['wins']}/{row['ties']}/{row['losses']}"
         shares = [f"{row[key]:.0%}" for key in ("helpful", "truthful", "harmless")]
-        kl = f"{row['kl']:.1f}" if "kl" in row else ""
+        kl = f"{row['kl']:z.1f}" if "kl" in row else ""
         table.add_row(name, versus, f"{row['gold']:.3f}", *shares, f"{row['words']:.1f}", kl)
     console.print(table)
 

@@ -112,7 +112,7 @@ def side_by_side(summaries: Sequence[dict[str, Any]]) -> list[Figures]:
         for name in POLICIES:
             row = done["judged"]["rows"][name]
             low, high = row["net_win_interval"]
-            net = f"{row['net_win_rate']:+.1%} ({low:+.1%} to {high:+.1%})"
+            net = f"{row['net_win_rate']:+z.1%} ({low:+.1%} to {high:+.1%})"
             against = ["", ""] if name == "sft" else [f"{row['wins']} / {row['ties']} / {row['losses']}", net]
             versus.append([seed, NAMES[name], *against])
             judged.append([seed, NAMES[name], *(shown(row.get(key), form) for key, _, form in COLUMNS)])
@@ -249,5 +249,7 @@ tax). Ideal answers: the ceiling.</p>
 """
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit("usage: python -m benchmarks.instructgpt_report RUN [RUN ...]   (directories of textenv demo)")
     for figures in side_by_side([json.loads((Path(run) / "summary.json").read_text()) for run in sys.argv[1:]]):
         print(figures.markdown())

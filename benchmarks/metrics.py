@@ -210,7 +210,10 @@ def assistant(answers: Answers) -> dict[str, float]:
 
 
 def wording(answers: Answers) -> dict[str, float]:
-    """Sensitivity to paraphrase: the gold standard on test requests in wordings that no stage has seen, and what they cost."""
+    """Sensitivity to paraphrase: gold on test requests in wordings that no stage has seen, and by how much it is lower.
+
+    The requests are others than those of the evaluation, from the same families: the difference is unpaired.
+    """
     if not answers.env_id.startswith("textenv/Assistant-") or answers.elsewhere is None:
         return {}
     from textenv.tasks.assistant.gold import judge

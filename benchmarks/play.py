@@ -73,6 +73,7 @@ def measured(cell: Cell) -> dict[str, Any]:
 
     def elsewhere(split: str) -> metrics.Answers:
         other = make_env(cell, unseen.num_envs, **cell.evaluation | {"split": split})
+        # One that does not train holds the environment that it answers in.
         return ask(agent if cell.trains else agent_class(other, seed=cell.seed, **cell.agent_settings), other, split)
 
     def ask(agent: Any, env: Any, split: str | None) -> metrics.Answers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -22,6 +21,8 @@ class ResultsExist(ValueError):
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """One run at a time in a directory; the system lets go of it when the process ends, however that is."""
+    import fcntl  # POSIX only; reading results needs it not
+
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -193,7 +193,7 @@ def rollouts(bench: Bench, shape: Shape, lanes: int, stops: bool, name: str) -> 
 def lanes(bench: Bench, shape: Shape, name: str) -> list[Row]:
     """Reward and KL paid at each step, against both settled at the end."""
     n, budget = bench.size.lanes[len(bench.size.lanes) // 2], bench.size.budget
-    episodes = 2 * n
+    episodes = rollout_episodes(n, stops=True)
     model, tokenizer = build_model(shape, budget / 3, budget, bench.dtype), build_tokenizer(shape.vocab_size)
     prompts = build_prompts(shape.vocab_size, episodes)
     envs = make_envs(model, tokenizer, prompts, lanes=n, budget=budget, beta=BETA)

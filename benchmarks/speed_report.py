@@ -199,7 +199,7 @@ def make_tables(report: Mapping[str, Any], size: Size, beta: float, group_size: 
         ),
         "lanes": (
             "Step lane against deferred lane",
-            f"Reward and KL (beta {beta}) paid at each step, or settled at the end. {2 * n} episodes in {n} lanes, which stop by themselves.",
+            f"Reward and KL (beta {beta}) paid at each step, or settled at the end. {rollout_episodes(n, True)} episodes in {n} lanes, which stop by themselves.",
         ),
         "iteration": (
             f"One iteration, rollout to optimiser step, against TRL ({trl})",

@@ -187,7 +187,8 @@ ASSISTANT_AGENTS: dict[str, Preset] = {
     "Reference": REFERENCE,
     "RandomAgent": RANDOM,
 }
-"""PPO's settings are those of the recipe (docs/results/assistant.md). The others have its learning rate, untuned, and one gradient
+"""PPO's settings are those of the recipe (docs/results/assistant.md), at the environment's beta of 0.05 instead of the recipe's 0.1, and
+with a learning rate that falls to 0. The others have its learning rate, untuned, and one gradient
 step per rollout: smaller minibatches cost RLOO twice the KL for the same training reward (16,000 tokens of one seed)."""
 
 ASSISTANT = Suite(

@@ -103,9 +103,7 @@ class Decoder:
         return known
 
     def fused(self) -> Decoder:
-        """A copy that has query, key and value in one matrix, and gate and up, and adapters in the weights they adapt.
-
-        It has fewer calls, for passes without gradient.
+        """A copy for passes without gradient, with fewer calls: query, key and value are one matrix, gate and up another, adapters merged.
 
         It does not follow the weights: make it again when they change.
         """
@@ -238,24 +236,25 @@ class Rows:
 class Slots:
     """Keys and values of N lanes for all layers, each lane written at its own position.
 
-    The store is as wide as the longest lane, rounded up, and attention reads all of it: one stretch of memory is read 2 to 3 times
-    faster than the same with gaps, and costs less than its masked end.
+    The store is as wide as the longest lane has been, rounded up, and attention reads all of it: one stretch of memory is read 2 to 3
+    times faster than the same with gaps, and costs less than its masked end. A cache that is emptied begins narrow again.
 
     Args:
         decoder: Whose layers and heads.
         lanes: N.
-        width: L, in tokens.
+        limit: L, in tokens.
     """
 
     BLOCK = 16
     """Tokens by which the store grows."""
 
-    def __init__(self, decoder: Decoder, lanes: int, width: int) -> None:
-        self.decoder, self.limit = decoder, width
+    def __init__(self, decoder: Decoder, lanes: int, limit: int) -> None:
+        self.decoder, self.limit = decoder, limit
         self.heads, self.kv_heads = decoder.heads, decoder.kv_heads
         self.store = _for_attention(decoder.weights.new_zeros(0)).new_zeros(
             len(decoder.layers), 2, lanes, self.kv_heads, 0, decoder.head_size
         )
+        self.cells: tuple[Tensor, ...] = ()  # by layer, every lane's and head's rows one after the other
 
     @property
     def width(self) -> int:

@@ -75,7 +75,7 @@ def test_a_kl_of_exactly_zero_at_the_start(make_envs):
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=["LoRA", "DoRA", "dropout"])
 def test_drawn_and_scored_as_by_the_plain_forward_pass(make_envs, kind, config):
     """Decoding has adapters merged into its weights, an update has not. DoRA goes through `transformers`."""
-    agent = PPO(make_envs(model=build_model(kind)), seed=0, peft_config=lora(fan_in_fan_out=kind == "gpt2", **config))
+    agent = PPO(make_envs(model=build_model(kind)), seed=0, peft_config=lora(**config))
     disturb(agent.policy)
     assert (Decoder.of(agent.policy.model.base_model) is None) == ("use_dora" in config)
     episodes = collect(agent.env, agent.policy, 12, agent.rng)
@@ -118,14 +118,8 @@ def test_an_adapter_that_is_switched_off_is_not_merged(make_envs):
     assert np.abs(adapted - base).max() > 0.1
 
 
-def test_rollouts_in_bfloat16_on_a_base_in_bfloat16(make_envs, tmp_path, model):
-    model.save_pretrained(tmp_path)
-    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    agent = PPO(
-        make_envs(model=half), seed=0, episodes_per_update=8, peft_config=lora(), rollout_dtype="bfloat16"
-    ).learn(60)
-    assert {p.dtype for p in agent.policy.parameters()} == {torch.float32}
-    assert places(half) < places(agent.policy.model)
+def test_rollouts_in_bfloat16_through_adapters(make_envs):
+    agent = PPO(make_envs(), seed=0, episodes_per_update=8, peft_config=lora(), rollout_dtype="bfloat16").learn(60)
     assert all(row["train/first_ratio_error"] < 0.3 for row in agent.history)
 
 
@@ -169,6 +163,31 @@ def test_adapters_of_another_model_are_refused(make_envs, tmp_path):
 def test_what_adapts_no_layer_is_refused(make_envs, given):
     with pytest.raises(ValueError, match=r"Expected peft_config to be a configuration of peft that adapts layers.*got"):
         PPO(make_envs(), peft_config=given)
+
+
+@pytest.mark.parametrize("changes", [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": False}])
+def test_what_would_write_to_the_reference_is_refused(make_envs, changes):
+    model = build_model("gpt2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="which leave the base as it is"):
+        PPO(make_envs(model=model), peft_config=lora(**changes))
+    assert same_tensors(model.state_dict(), before)
+
+
+def test_a_reference_in_half_precision_is_refused(make_envs, tmp_path, model):
+    model.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"Expected a reference in float32 for adapters, got torch\.bfloat16"):
+        PPO(make_envs(model=half), peft_config=lora())
+
+
+@pytest.mark.parametrize("damage", ["", "{"])
+def test_a_damaged_adapter_is_a_damaged_checkpoint(make_envs, tmp_path, damage):
+    PPO(make_envs(), seed=0, peft_config=lora()).save(tmp_path / "run")
+    file = tmp_path / "run" / "adapter" / "adapter_config.json"
+    file.unlink() if not damage else file.write_text(damage)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        PPO.load(tmp_path / "run", make_envs())
 
 
 def test_nothing_to_adapt(make_envs):
