@@ -22,6 +22,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
@@ -396,10 +397,12 @@ def updates(bench: Bench, shape: Shape, episodes: int, name: str) -> list[Row]:
         envs(), seed=SEED, episodes_per_update=episodes, minibatch_episodes=episodes // 2, epochs=1, target_kl=None, learning_rate=LEARNING_RATE
     )  # fmt: skip
     data = collect(agent.env, agent.policy, episodes, agent.rng)
+    known = agent.values(data)
 
     def ours() -> int:
         before = agent.accounts["gradient_tokens"]
-        agent.update(data)
+        with patch.object(agent, "values", return_value=known):  # both sides are given the rollout's values
+            agent.update(data)
         return agent.accounts["gradient_tokens"] - before
 
     rows = prefix_rows(agent, data)
