@@ -64,7 +64,9 @@ def test_the_reward_model_agrees_with_held_out_labelers_as_the_card_says(recipe,
     assert evaluate_noiseless(held_out) == pytest.approx(stated["accuracy_noiseless_labeler"], abs=0.03)
     assert metrics.length_accuracy == pytest.approx(stated["accuracy_length_alone"], abs=0.03)
     assert metrics.accuracy > metrics.length_accuracy + 0.08
+    assert stated["share_of_noiseless"] >= 0.9
     assert held_out["agreement"] == pytest.approx(stated["labelers_agree"], abs=0.03)
+    assert held_out["agreement"] == pytest.approx(0.726, abs=0.03)  # InstructGPT's, section 5.2
 
 
 def test_the_card_holds_the_figures():
