@@ -218,7 +218,8 @@ ARITHMETIC_TASK = Task(
 )
 ARITHMETIC_ROLLOUT: dict[str, Any] = {"episodes_per_update": 256, "minibatch_episodes": 256, "epochs": 4}
 CAREFUL: dict[str, Any] = {"learning_rate": 3e-4}
-"""Without a critic, PPO's rate of 1e-3 takes the first update 2 to 4 nats away, from 30% of sums right to below 13%."""
+"""Without a critic, PPO's rate of 1e-3 takes the first update 2 to 4 nats away, from 30% of sums right to below 13%. Eight other settings of
+RLOO, Dr. GRPO and REINFORCE (rates to 1e-3, smaller minibatches, one to two epochs), tried on training prompts, ended between 35% and 46%."""
 
 VERIFIABLE = Suite(
     title="Sums: the reward is whether the answer is right",
