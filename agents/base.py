@@ -337,7 +337,8 @@ class LanguageModelAgent:
                 "env": self.lanes.spec.id if self.lanes.spec else None,
                 "vocab_size": self.lanes.vocab_size,
                 "adapters": self.policy.adapter is not None,
-                "versions": {name: version(name) for name in ("torch", "transformers", "gymnasium")},
+                "versions": {name: version(name) for name in ("torch", "transformers", "gymnasium")}
+                | ({} if self.policy.adapter is None else {"peft": version("peft")}),
                 "history": self.history,
             }
             (scratch / AGENT_FILE).write_text(json.dumps(about, indent=1))

@@ -79,6 +79,8 @@ class BestOfN(LanguageModelAgent):
 
     def __init__(self, env: Any, **kwargs: Any) -> None:
         super().__init__(env, **kwargs)
+        if self.peft_config is not None:
+            raise ValueError("Expected no peft_config: BestOfN learns nothing, so there is nothing to adapt.")
         if self.lanes.task.reward is None:
             raise ValueError("BestOfN chooses by the environment's reward, and there is none: make it with reward=...")
         self._sampler = self.sampler(self.lanes.task)

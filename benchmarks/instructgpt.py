@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,11 +37,11 @@ from agents import PPO, SFT
 from agents.optim import Muon
 from agents.pretraining import PretrainingConfig, language_model_loss, pretrain, silence_residual_branches
 from agents.rollout import run_prompts
-from benchmarks.records import ResultsExist, locked, write_json, write_text
+from benchmarks.records import locked, write_json, write_text
 from benchmarks.stages import Advance, StagedRun, bar, replaced
 from rewards import RewardModel, train_reward_model
 from rewards.rankings import evaluate_reward_model
-from textenv.cli.arguments import UsageError, usage_errors
+from textenv.cli.arguments import usage_errors
 from textenv.task import quiet_loading
 from textenv.tasks.assistant import corpus, demonstrations, gold, labelers
 from textenv.tasks.assistant.requests import Request, make_requests
@@ -533,20 +534,23 @@ def run_demo(options: DemoArguments) -> None:
     """Run the recipe and write its report."""
     from benchmarks.instructgpt_report import write_report
 
-    with usage_errors():  # a directory of another run, or one that cannot be written
-        if options.cores < 1:
-            raise ValueError(f"Expected --cores to be at least 1, got {options.cores}.")
-        recipe = Recipe(options)
-    torch.set_num_threads(options.cores)
-    already = all(stage in recipe.done for stage in STAGES)
-    try:
-        with locked(options.out):
+    with ExitStack() as held:
+        with (
+            usage_errors()
+        ):  # a directory of another run, one where another run is writing, or one that cannot be written
+            if options.cores < 1:
+                raise ValueError(f"Expected --cores to be at least 1, got {options.cores}.")
+            recipe = Recipe(options)
+            held.enter_context(locked(options.out))
+        torch.set_num_threads(options.cores)
+        already = all(stage in recipe.done for stage in STAGES)
+        try:
             done = recipe.run()
-    except ResultsExist as error:
-        raise UsageError(str(error)) from None
-    except KeyboardInterrupt:
-        recipe.console.print(f"\nStopped. What is finished is in {options.out}; the same command goes on from there.")
-        raise
+        except KeyboardInterrupt:
+            recipe.console.print(
+                f"\nStopped. What is finished is in {options.out}; the same command goes on from there."
+            )
+            raise
     summary = {"settings": asdict(options) | {"out": str(options.out)}, "stages": done}
     write_json(options.out / "summary.json", summary)
     write_report(summary, options.out)

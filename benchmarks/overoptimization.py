@@ -35,6 +35,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -54,10 +55,10 @@ from agents.optim import Muon
 from agents.pretraining import silence_residual_branches
 from agents.rollout import run_prompts
 from benchmarks.instructgpt import Sampler, zero
-from benchmarks.records import ResultsExist, locked, write_json, write_text
+from benchmarks.records import locked, write_json, write_text
 from benchmarks.stages import replaced
 from rewards import RewardModel, train_reward_model
-from textenv.cli.arguments import UsageError, usage_errors
+from textenv.cli.arguments import usage_errors
 from textenv.exact import best_of_n
 from textenv.task import quiet_loading
 from textenv.tasks.assistant.gold import assess, judge
@@ -614,16 +615,17 @@ def run_overoptimization(options: OveroptimizationArguments) -> dict[str, dict[s
 
     torch.set_num_threads(1)
     console = Console()
-    with usage_errors():  # a directory of another run, or one that cannot be written
-        experiment = Experiment(options)
-    try:
-        with locked(options.out):
+    with ExitStack() as held:
+        with (
+            usage_errors()
+        ):  # a directory of another run, one where another run is writing, or one that cannot be written
+            experiment = Experiment(options)
+            held.enter_context(locked(options.out))
+        try:
             rows = experiment.run(lambda text: console.print(text, highlight=False))
-    except ResultsExist as error:
-        raise UsageError(str(error)) from None
-    except KeyboardInterrupt:
-        console.print(f"\nStopped. What is finished is in {options.out}; the same command goes on from there.")
-        raise
+        except KeyboardInterrupt:
+            console.print(f"\nStopped. What is finished is in {options.out}; the same command goes on from there.")
+            raise
     plan = experiment.plan
     write_text(options.out / "tables.md", tables(rows, plan))
     draw(rows, plan, options.out / "overoptimization.png")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, RandomAgent
+from agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, BestOfN, RandomAgent
 from agents.checkpoints import CheckpointError
 from agents.policy import Policy
 from agents.rollout import collect
@@ -190,9 +190,10 @@ def test_a_damaged_adapter_is_a_damaged_checkpoint(make_envs, tmp_path, damage):
         PPO.load(tmp_path / "run", make_envs())
 
 
-def test_nothing_to_adapt(make_envs):
-    with pytest.raises(ValueError, match="RandomAgent learns nothing"):
-        RandomAgent(make_envs(), peft_config=lora())
+@pytest.mark.parametrize("cls", [RandomAgent, BestOfN])
+def test_nothing_to_adapt(make_envs, cls):
+    with pytest.raises(ValueError, match=f"{cls.__name__} learns nothing"):
+        cls(make_envs(), peft_config=lora())
 
 
 @asked_by_peft
