@@ -36,11 +36,9 @@ def adapted(model: PreTrainedModel, peft_config: Any) -> Any:
             "Expected peft_config to be a configuration of peft that adapts layers, as LoraConfig(r=8, target_modules='all-linear'), "
             f"got {type(peft_config).__name__}."
         )
-    if (
-        dtype := model.dtype
-    ) != torch.float32:  # drawn (merged) and scored (beside) would be two roundings of one policy
+    if model.dtype != torch.float32:  # drawn (merged) and scored (beside) would be two roundings of one policy
         raise ValueError(
-            f"Expected a reference in float32 for adapters, got {dtype}: load it with dtype=torch.float32. It is the only copy that "
+            f"Expected a reference in float32 for adapters, got {model.dtype}: load it with dtype=torch.float32. It is the only copy that "
             "there is; rollout_dtype='bfloat16' still draws from a rounded one."
         )
     bias, init = getattr(peft_config, "bias", "none"), getattr(peft_config, "init_lora_weights", True)

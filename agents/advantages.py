@@ -64,9 +64,9 @@ IMPORTANCE_CAP = 2.0
 def importance_weights(log_probs: torch.Tensor, drawn: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """How much more probable completions are under the policy than under what they were drawn from, truncated.
 
-    Of whole completions: E_mu[w(y) f(y)] = E_pi[f(y)] with w = pi(y) / mu(y); the ratio of a prefix would not do,
-    as an advantage depends on what follows. (Truncated
-    importance sampling against rounded rollouts: Yao et al., 2025, https://fengyao.notion.site/off-policy-rl.)
+    Of whole completions: E_mu[w(y) f(y)] = E_pi[f(y)] with w = pi(y) / mu(y); the ratio of a prefix would not do, as an advantage
+    depends on what follows. (Truncated importance sampling against rounded rollouts: Yao et al., 2025,
+    https://fengyao.notion.site/off-policy-rl.)
 
     Args:
         log_probs: Of tokens under the policy pi. Shape: (B, T), nats.

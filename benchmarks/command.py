@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -18,7 +17,7 @@ from benchmarks.play import find_agent
 from benchmarks.records import ResultsExist
 from benchmarks.run import run_suite
 from benchmarks.suites import SUITES, Preset, Suite, Task
-from textenv.cli.arguments import UsageError, first_line_of, load_object, textenv_ids, usage_errors, whole_number
+from textenv.cli.arguments import UsageError, first_line_of, load_object, pairs, textenv_ids, usage_errors, whole_number
 from textenv.prompts import did_you_mean
 
 PROGRAMS: dict[str, tuple[str, str, str]] = {
@@ -226,20 +225,6 @@ def find_task(name: str, suite: Suite, task: str) -> Task:
     raise UsageError(
         f"Suite {name!r} has no task {task!r}; it has {', '.join(known)}, or give the id of an environment.{did_you_mean(task, known)}"
     )
-
-
-def pairs(items: Sequence[str], flag: str) -> dict[str, Any]:
-    """`name=value` as keywords, values in JSON or as they stand."""
-    keywords: dict[str, Any] = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise UsageError(f"Expected {flag} name=value, got {item!r}.")
-        try:
-            keywords[name] = json.loads(value)
-        except json.JSONDecodeError:
-            keywords[name] = value
-    return keywords
 
 
 def command(name: str, options: SuiteArguments) -> str:

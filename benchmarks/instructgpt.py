@@ -131,24 +131,8 @@ class Recipe(StagedRun):
 
     def make_base(self) -> dict[str, Any]:
         """Pretrain on the web."""
-        tokenizer, size = assistant_tokenizer(), self.size
-        torch.manual_seed(self.options.seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=size.hidden_size,
-                intermediate_size=2 * size.hidden_size,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=256,
-                tie_word_embeddings=True,
-                initializer_range=0.08,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        ).to(self.options.device)
-        silence_residual_branches(model)
+        size = self.size
+        model = small_llama(size.hidden_size, layers=2, seed=self.options.seed).to(self.options.device)
         stream = pack(corpus.make_corpus(size.corpus_tokens, seed=self.options.seed))
         with bar("pretraining") as advance:
             pretrain(
@@ -380,6 +364,29 @@ class Recipe(StagedRun):
         return rows
 
 
+def small_llama(hidden_size: int, layers: int, seed: int) -> LlamaForCausalLM:
+    """A Llama for the Assistant world's text that has read nothing."""
+    tokenizer = assistant_tokenizer()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=0.08,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    silence_residual_branches(model)
+    return model
+
+
 def write_answers(
     recipe: Recipe, requests: list[Request], counts: NDArray[np.int64], seed: int, name: str, advance: Advance
 ) -> None:
@@ -535,9 +542,8 @@ def run_demo(options: DemoArguments) -> None:
     from benchmarks.instructgpt_report import write_report
 
     with ExitStack() as held:
-        with (
-            usage_errors()
-        ):  # a directory of another run, one where another run is writing, or one that cannot be written
+        # A directory of another run, one where another run is writing, or one that cannot be written.
+        with usage_errors():
             if options.cores < 1:
                 raise ValueError(f"Expected --cores to be at least 1, got {options.cores}.")
             recipe = Recipe(options)

@@ -47,14 +47,12 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from stable_baselines3.common.callbacks import BaseCallback
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import textenv  # noqa: F401  # registers the ids
 from agents import PPO
 from agents.optim import Muon
-from agents.pretraining import silence_residual_branches
 from agents.rollout import run_prompts
-from benchmarks.instructgpt import Sampler, zero
+from benchmarks.instructgpt import Sampler, small_llama, zero
 from benchmarks.records import locked, write_json, write_text
 from benchmarks.stages import replaced
 from rewards import RewardModel, train_reward_model
@@ -93,9 +91,9 @@ class Proxy:
 
 
 SIZES = {
-    "small": {"hidden_size": 32, "num_hidden_layers": 1},
-    "middle": {"hidden_size": 64, "num_hidden_layers": 2},
-    "large": {"hidden_size": 128, "num_hidden_layers": 2},
+    "small": {"hidden_size": 32, "layers": 1},
+    "middle": {"hidden_size": 64, "layers": 2},
+    "large": {"hidden_size": 128, "layers": 2},
 }
 """Of the proxies. The large one has the shape of the policy."""
 NOISE = 0.25
@@ -434,7 +432,7 @@ class Experiment:
         clean, held_out = self.rankings[: proxy.rankings], self.rankings[self.plan.rankings[-1] :]
         model, report = train_reward_model(
             with_noise(clean, proxy.noise, proxy.seed),
-            model=fresh_trunk(proxy),
+            model=small_llama(**SIZES[proxy.size], seed=proxy.seed),
             tokenizer=assistant_tokenizer(),
             batch_prompts=8,
             validation=held_out,
@@ -557,28 +555,6 @@ class Experiment:
         return {"proxy": asdict(proxy), "seed": seed, "curve": curve}
 
 
-def fresh_trunk(proxy: Proxy) -> Any:
-    """What a proxy starts from: a Llama that has read nothing."""
-    tokenizer, shape = assistant_tokenizer(), SIZES[proxy.size]
-    torch.manual_seed(proxy.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            **shape,
-            intermediate_size=2 * shape["hidden_size"],
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            initializer_range=0.08,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    silence_residual_branches(model)
-    return model
-
-
 def doublings(most: int) -> list[int]:
     """1, then two per octave, up to `most`."""
     return sorted({round(2 ** (k / 2)) for k in range(int(2 * np.log2(most)) + 1)} | {most})
@@ -616,9 +592,8 @@ def run_overoptimization(options: OveroptimizationArguments) -> dict[str, dict[s
     torch.set_num_threads(1)
     console = Console()
     with ExitStack() as held:
-        with (
-            usage_errors()
-        ):  # a directory of another run, one where another run is writing, or one that cannot be written
+        # A directory of another run, one where another run is writing, or one that cannot be written.
+        with usage_errors():
             experiment = Experiment(options)
             held.enter_context(locked(options.out))
         try:

@@ -61,6 +61,20 @@ def _as_flags(message: str) -> str:
     return f"Missing: {', '.join(flags)}."
 
 
+def pairs(items: Sequence[str], flag: str) -> dict[str, Any]:
+    """`name=value` as keywords, values in JSON or as they stand."""
+    keywords: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"Expected {flag} name=value, got {item!r}.")
+        try:
+            keywords[name] = json.loads(value)
+        except json.JSONDecodeError:
+            keywords[name] = value
+    return keywords
+
+
 def whole_number(text: str) -> int:
     """`1000`, `1_000` or `1e3`."""
     try:
@@ -115,14 +129,7 @@ class EnvArguments:
         keywords = {name: value for name, value in given.items() if value is not None}
         if self.model is not None:
             keywords["model"] = policy_of(self.model)
-        for item in self.env_arg:
-            name, equals, value = item.partition("=")
-            if not equals:
-                raise UsageError(f"Expected --env-arg name=value, got {item!r}.")
-            try:
-                keywords[name] = json.loads(value)
-            except json.JSONDecodeError:
-                keywords[name] = value
+        keywords |= pairs(self.env_arg, "--env-arg")
         if self.reward is not None:
             keywords["reward"] = load_reward(self.reward, keywords.get("device"))
         return keywords
