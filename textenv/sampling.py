@@ -129,10 +129,12 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     return normaliser - p.mul_(logits.clamp(min=-1e9)).sum(dim=-1)
 
 
+DRAW_DIRECTLY = 2_048
+"""The largest vocabulary whose cumulative distribution is written out. Of a larger one, blocks are summed and one is searched."""
 DRAW_BLOCK = 256
-"""Tokens whose probabilities are summed first, so that only one block of a large vocabulary is searched."""
-DRAW_AT_ONCE = 1 << 19
-"""Probabilities that fit a processor's cache: rows are drawn in groups of so many."""
+"""Tokens of a block."""
+DRAW_AT_ONCE, DRAW_DIRECTLY_AT_ONCE = 1 << 19, 1 << 16
+"""Probabilities that a processor's cache holds, in blocks or with their sums in float64: rows are drawn in groups of so many."""
 
 
 def draw(logits: torch.Tensor, uniforms: NDArray[np.float64]) -> torch.Tensor:
@@ -153,7 +155,8 @@ def draw_scored(logits: torch.Tensor, uniforms: NDArray[np.float64]) -> tuple[to
     Returns:
         Token ids and log-probabilities in nats. Shapes: (N,), (N,).
     """
-    at_once = max(1, DRAW_AT_ONCE // logits.shape[-1])
+    size = logits.shape[-1]
+    at_once = max(1, (DRAW_DIRECTLY_AT_ONCE if size <= DRAW_DIRECTLY else DRAW_AT_ONCE) // size)
     u = torch.from_numpy(np.asarray(uniforms, np.float64)).to(logits.device)
     if len(logits) > at_once and logits.device.type == "cpu":
         parts = [_draw_rows(rows, v) for rows, v in zip(logits.split(at_once), u.split(at_once), strict=True)]
@@ -163,41 +166,32 @@ def draw_scored(logits: torch.Tensor, uniforms: NDArray[np.float64]) -> tuple[to
 
 
 def _draw_rows(logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    p = logits.softmax(dim=-1)
-    normaliser = log_sum_exp(logits, p)
+    p, u = logits.softmax(dim=-1), u[:, None]
     size = p.shape[-1]
-    if size <= 2 * DRAW_BLOCK:
-        tokens, _ = _invert(p, u[:, None])
+    if size <= DRAW_DIRECTLY:
+        cdf = p.cumsum(dim=-1, dtype=torch.float64)
+        tokens = _invert(cdf, u * cdf[:, -1:])
     else:
         whole = size // DRAW_BLOCK * DRAW_BLOCK
         sums = p[:, :whole].unflatten(1, (-1, DRAW_BLOCK)).sum(dim=-1)
         if whole < size:
             sums = torch.cat([sums, p[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
-        block, rest = _invert(sums, u[:, None])
+        cdf = sums.cumsum(dim=-1, dtype=torch.float64)
+        target = u * cdf[:, -1:]
+        block = _invert(cdf, target)
+        before = cdf.gather(1, (block - 1).clamp(min=0)).masked_fill_(block == 0, 0.0)
         place = block * DRAW_BLOCK + torch.arange(DRAW_BLOCK, device=p.device)
         inside = p.gather(1, place.clamp(max=size - 1)).masked_fill_(place >= size, 0.0)
-        within, _ = _invert(inside, rest, total=1.0)
+        within = _invert(inside.cumsum(dim=-1, dtype=torch.float64), (target - before).clamp(min=0.0))
         tokens = block * DRAW_BLOCK + within
-    return tokens.squeeze(1), logits.gather(1, tokens).squeeze(1) - normaliser
+    return tokens.squeeze(1), logits.gather(1, tokens).squeeze(1) - log_sum_exp(logits, p)  # as `log_prob`, to the bit
 
 
-def _invert(weights: torch.Tensor, u: torch.Tensor, total: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the cumulative sum of `weights` passes `u` times the total, and by how much `u` lies above what comes before.
+def _invert(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Where a cumulative sum passes `target`. Shapes: (N, n), (N, 1) -> (N, 1).
 
-    `right=True` because with `right=False` a uniform of exactly 0 picks a first token of probability 0; the minimum because
-    rounding can leave a uniform of 1 - eps at or above the last sum: the last place where the sum still rises is taken.
-
-    Args:
-        weights: At least 0. Shape: (N, n).
-        u: Shape: (N, 1).
-        total: None is the sum of each row's weights.
-
-    Returns:
-        Index and remainder. Shapes: (N, 1), (N, 1).
+    `right=True` because with `right=False` a target of exactly 0 picks a first token of probability 0; the minimum because
+    rounding can leave a target at or above the last sum: the last place where the sum still rises is taken.
     """
-    cdf = weights.double().cumsum(dim=-1)
-    target = u * (cdf[:, -1:] if total is None else total)
     last = torch.searchsorted(cdf, cdf[:, -1:].contiguous(), right=False)
-    index = torch.minimum(torch.searchsorted(cdf, target, right=True), last)
-    before = cdf.gather(1, (index - 1).clamp(min=0)).masked_fill_(index == 0, 0.0)
-    return index, (target - before).clamp(min=0.0)
+    return torch.minimum(torch.searchsorted(cdf, target, right=True), last)

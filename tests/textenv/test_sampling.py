@@ -164,11 +164,11 @@ def test_masks_that_make_no_sense_are_refused(mask: Any, message: str) -> None:
 # ---------------------------------------------------------------------- large vocabularies are drawn block by block
 
 
-@pytest.mark.parametrize("size", [700, 1_024, 1_300])
+@pytest.mark.parametrize("size", [700, 2_048, 2_049, 2_560, 3_000])  # drawn directly, or by blocks of 256
 def test_a_large_vocabulary_is_drawn_as_its_cumulative_distribution_says(size: int) -> None:
     rng = np.random.default_rng(0)
     logits = torch.from_numpy(rng.normal(size=(50, size)) * 3).float()
-    logits[:, rng.integers(size, size=300)] = -torch.inf
+    logits[:, [0, size - 1, *rng.integers(size, size=300)]] = -torch.inf
     uniforms = np.concatenate([rng.random(46), [0.0, 1e-12, 1 - 2.0**-24, np.nextafter(1.0, 0.0)]])
     tokens, scores = draw_scored(logits, uniforms)
     p = np.exp(logits.double().numpy() - logits.double().logsumexp(-1, keepdim=True).numpy())
@@ -180,11 +180,12 @@ def test_a_large_vocabulary_is_drawn_as_its_cumulative_distribution_says(size: i
     np.testing.assert_allclose(scores, np.log(p[at, tokens]), atol=1e-5)
 
 
-def test_rows_drawn_in_groups_are_drawn_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("size", "limit"), [(600, "DRAW_DIRECTLY_AT_ONCE"), (3_000, "DRAW_AT_ONCE")])
+def test_rows_drawn_in_groups_are_drawn_as_alone(monkeypatch: pytest.MonkeyPatch, size: int, limit: str) -> None:
     rng = np.random.default_rng(0)
-    logits, uniforms = torch.from_numpy(rng.normal(size=(7, 600))).float(), rng.random(7)
+    logits, uniforms = torch.from_numpy(rng.normal(size=(7, size))).float(), rng.random(7)
     whole = draw_scored(logits, uniforms)
-    monkeypatch.setattr("textenv.sampling.DRAW_AT_ONCE", 1_200)
+    monkeypatch.setattr(f"textenv.sampling.{limit}", 2 * size)
     for one, other in zip(whole, draw_scored(logits, uniforms), strict=True):
         assert torch.equal(one, other)
 
