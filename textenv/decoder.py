@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -82,6 +82,7 @@ class Decoder:
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.floor = torch.tensor((config.hidden_size * self.eps) ** 0.5).to(self.weights)
         self._home = self.weights.device, self.weights.dtype
         if not self._intact(trunk):
             raise NotImplementedError("a hook, which would not be called")
@@ -103,21 +104,21 @@ class Decoder:
         return known
 
     def fused(self) -> Decoder:
-        """A copy for passes without gradient, with fewer calls: query, key and value are one matrix, gate and up another, adapters merged.
+        """A copy for passes without gradient: what `_joined` computes in each pass is there already, and adapters are merged.
 
         It does not follow the weights: make it again when they change.
         """
         twin = copy.copy(self)
-        twin.layers = [
-            replace(
-                layer,
-                qkv=_fused([_merged(part) for part in layer.qkv]),
-                attention_out=_merged(layer.attention_out),
-                up=_fused([_merged(part) for part in layer.up]),
-                down=_merged(layer.down),
-            )
-            for layer in self.layers
-        ]
+        with torch.no_grad():
+            twin.layers = [
+                _Layer(
+                    *_joined(layer.norm_attention, [_merged(part) for part in layer.qkv]),
+                    _merged(layer.attention_out),
+                    *_joined(layer.norm_mlp, [_merged(part) for part in layer.up]),
+                    _merged(layer.down),
+                )
+                for layer in self.layers
+            ]
         return twin
 
     @property
@@ -164,13 +165,13 @@ class Decoder:
             rotation = tuple(table[positions].to(x.dtype) for table in self.rotation)
         mixed = self.heads + self.kv_heads
         for i, layer in enumerate(self.layers):
-            qkv = _side_by_side(self._normed(x, layer.norm_attention), layer.qkv)
-            qkv = qkv.view(len(x), mixed + self.kv_heads, self.head_size)
-            qk, v = qkv[:, :mixed], qkv[:, mixed:]
+            qkv = self._side_by_side(x, *_joined(layer.norm_attention, layer.qkv))
+            qk, v = qkv.view(len(x), -1, self.head_size).split([mixed, self.kv_heads], dim=1)
             if rotation is not None:
                 qk = torch.addcmul(qk * rotation[0], qk.roll(self.head_size // 2, -1), rotation[1])
-            x = _linear_and_add(attend(i, qk[:, : self.heads], qk[:, self.heads :], v), layer.attention_out, x)
-            up = _side_by_side(self._normed(x, layer.norm_mlp), layer.up)
+            q, k = qk.split([self.heads, self.kv_heads], dim=1)
+            x = _linear_and_add(attend(i, q, k, v), layer.attention_out, x)
+            up = self._side_by_side(x, *_joined(layer.norm_mlp, layer.up))
             if self.gated:
                 gate, up = up.chunk(2, dim=-1)
                 up = self.activation(gate) * up
@@ -179,10 +180,20 @@ class Decoder:
             x = _linear_and_add(up, layer.down, x)
         return self._normed(x, self.norm)
 
+    def _side_by_side(self, x: Tensor, norm: _Linear, linears: list[_Linear]) -> Tensor:
+        """Linear layers of what the norm makes of `x`. Shape: (M, d) -> (M, sum of their widths)."""
+        x = self._normed(x, norm)
+        return (
+            _linear(x, linears[0]) if len(linears) == 1 else torch.cat([_linear(x, part) for part in linears], dim=-1)
+        )
+
     def _normed(self, x: Tensor, norm: _Linear) -> Tensor:
-        if "bias" not in norm.parameters:
-            return torch.rms_norm(x, x.shape[-1:], norm.parameters["weight"], self.eps)
-        return torch.layer_norm(x, x.shape[-1:], norm.parameters["weight"], norm.parameters["bias"], self.eps)
+        weight = norm.parameters["weight"]
+        if "bias" in norm.parameters:
+            return torch.layer_norm(x, x.shape[-1:], weight, norm.parameters["bias"], self.eps)
+        if weight is None:  # `_joined`: x / sqrt(|x|^2 + d eps), three kernels where torch's RMS norm has six
+            return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
+        return torch.rms_norm(x, x.shape[-1:], weight, self.eps)
 
     @torch.no_grad()
     def equals(self, trunk: Any) -> bool:
@@ -191,46 +202,65 @@ class Decoder:
         limit = getattr(trunk.config, "max_position_embeddings", None)
         lengths = np.minimum(lengths, limit or 16)
         tokens = np.random.default_rng(0).integers(len(self.weights), size=(3, 16))
-        ours = self.packed(tokens, lengths)
-        begin = 0
-        for row, n in zip(tokens, lengths, strict=True):
-            ids = torch.from_numpy(row[None, :n]).to(ours.device)
+        states, number = self.packed(tokens, lengths)
+        for row, n, at in zip(tokens, lengths, number, strict=True):
+            ids = torch.from_numpy(row[None, :n]).to(states.device)
             plain = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state[0]
             bound = (1e-4 if self.weights.dtype == torch.float32 else 5e-2) * max(1.0, plain.abs().max().item())
-            if not (ours[begin : begin + n] - plain).abs().max().item() <= bound:
+            if not (states[torch.from_numpy(at[:n])] - plain).abs().max().item() <= bound:
                 return False
-            begin += n
         return True
 
-    def packed(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> Tensor:
-        """Last hidden states of right-padded rows, back to back: padding costs nothing. Shapes: (B, L), (B,) -> (M, d)."""
+    def packed(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
+        """Last hidden states of right-padded rows. Padding costs nothing, and where rows begin alike, their beginning is computed once.
+
+        Args:
+            tokens: Shape: (B, L).
+            lengths: Shape: (B,).
+
+        Returns:
+            States back to back, and the number of each token's state (anything in padding). Shapes: (M, d), (B, max(lengths)).
+        """
         device = self.weights.device
-        inside = np.arange(int(lengths.max())) < lengths[:, None]
-        ids = torch.from_numpy(tokens[:, : inside.shape[1]][inside]).to(device)
-        place = torch.from_numpy(np.nonzero(inside)[1]).to(device)
-        return self(ids, place, Rows(lengths, device))
+        home, number = _beginnings(tokens, lengths)
+        ids = torch.from_numpy(tokens[:, : home.shape[1]][home]).to(device)
+        place = torch.from_numpy(np.nonzero(home)[1]).to(device)
+        return self(ids, place, Rows(home, number, device)), number
 
 
 # ---------------------------------------------------------------------- attention
 
 
 class Rows:
-    """Causal attention within sequences that stand back to back.
+    """Causal attention within sequences whose tokens stand back to back.
 
     Args:
-        lengths: Of the sequences. Shape: (B,).
+        home: See `_Grid`. Shape: (B, T).
+        number: See `_Grid`. Shape: (B, T).
         device: Of the tokens.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], device: torch.device) -> None:
-        self.grid = _Grid(np.arange(int(lengths.max())) < lengths[:, None], device)
+    def __init__(self, home: NDArray[np.bool_], number: NDArray[np.int64], device: torch.device) -> None:
+        self.grid = _Grid(home, number, device)
+        self.mask: Tensor | None = None
+        if device.type == "cpu" and home.shape[1] <= self.SHORT:
+            self.mask = torch.full((home.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)
+
+    SHORT = 64
+    """Rows of so many tokens and less are faster by plain products than by `scaled_dot_product_attention`."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attend`."""
-        dtype, grouped = q.dtype, q.shape[1] != k.shape[1]
-        q, k, v = (self.grid.spread(_for_attention(x)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return self.grid.gather(out.transpose(1, 2).flatten(2)).to(dtype)
+        dtype, share = q.dtype, q.shape[1] // k.shape[1]
+        q, k, v = (self.grid.spread(_for_attention(x)) for x in (q, k, v))
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if self.mask is not None:
+            mask = self.mask.repeat_interleave(share, dim=0)
+            out = _products(q, k.flatten(0, 1), v.flatten(0, 1), mask)
+        else:
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=share > 1)
+            out = out.transpose(1, 2).flatten(2)
+        return self.grid.gather(out).to(dtype)
 
 
 class Slots:
@@ -254,7 +284,9 @@ class Slots:
         self.store = _for_attention(decoder.weights.new_zeros(0)).new_zeros(
             len(decoder.layers), 2, lanes, self.kv_heads, 0, decoder.head_size
         )
-        self.cells: tuple[Tensor, ...] = ()  # by layer, every lane's and head's rows one after the other
+        self.cells: tuple[
+            Tensor, ...
+        ] = ()  # by layer: keys, then values; every lane's and head's rows one after the other
 
     @property
     def width(self) -> int:
@@ -264,14 +296,18 @@ class Slots:
     def _widen(self, tokens: int) -> None:
         """Make room for so many tokens."""
         if tokens > self.width:
-            more = min(self.limit, -(-tokens // self.BLOCK) * self.BLOCK) - self.width
-            self.store = F.pad(self.store, (0, 0, 0, more))
-            self.cells = self.store.view(*self.store.shape[:2], -1, self.store.shape[-1]).unbind()
+            old, width = self.store, min(self.limit, -(-tokens // self.BLOCK) * self.BLOCK)
+            self.store = old.new_empty(*old.shape[:4], width, old.shape[5])
+            self.store[..., : old.shape[4], :] = old
+            self.store[..., old.shape[4] :, :] = 0.0  # finite, for what is masked is still multiplied by 0
+            self.cells = self.store.view(len(self.store), -1, self.store.shape[-1]).unbind()
 
+    @torch.inference_mode()
     def swap(self, a: list[int], b: list[int]) -> None:
         """Exchange rows pairwise."""
         self.store[:, :, a + b] = self.store[:, :, b + a]
 
+    @torch.inference_mode()
     def step(self, tokens: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]) -> Tensor:
         """One pass that writes tokens [start, stop) of the first B rows of the store.
 
@@ -325,7 +361,7 @@ class _SlotAttention:
         growing = order[start[order] > 0]
         fresh = order[len(growing) :]
         self.boundary = int(new[growing].sum())
-        self.fresh = Rows(new[fresh], device) if len(fresh) else None
+        self.fresh = Rows(*_cells(new[fresh]), device) if len(fresh) else None
 
         # What is written where: a row's keys and values come from the row that is computed for it.
         begin = np.empty(len(start), np.int64)
@@ -333,29 +369,29 @@ class _SlotAttention:
         row, place = _ranges(np.arange(len(start)), start, stop)
         self.source = _Selection(begin[like[row]] + place - start[row], int(new[order].sum()), device)
         target = row * (slots.kv_heads * slots.width) + place
-        heads = np.arange(slots.kv_heads) * slots.width
+        head = np.arange(slots.kv_heads)
+        heads = np.concatenate([head, slots.store.shape[2] * slots.kv_heads + head]) * slots.width  # of keys, of values
         self.target = torch.from_numpy((target[:, None] + heads).ravel()).to(device)
 
         if len(growing):
             span = int(growing.max()) + 1
             count, first = np.zeros(span, np.int64), np.zeros(span, np.int64)
             count[growing], first[growing] = new[growing], start[growing]
-            queries = np.arange(int(count.max()))
-            self.grid = _Grid(queries < count[:, None], device)
+            self.grid = _Grid(*_cells(count), device)
+            queries = np.arange(self.grid.shape[1])
             # (span, Q, width); rows between growing ones read rubbish, which nobody uses
             mask = np.where(
                 np.arange(slots.width) > (first[:, None] + queries)[:, :, None], np.finfo(np.float32).min, 0.0
             )
-            rows = torch.from_numpy(mask).to(device, slots.store.dtype)[:, None, None]
+            rows = torch.from_numpy(mask).to(device, slots.store.dtype)[:, None, :, None]
             share = slots.heads // slots.kv_heads  # query heads that read one key/value head
-            self.mask = rows.expand(-1, slots.kv_heads, share, -1, -1).reshape(-1, share * len(queries), slots.width)
+            self.mask = rows.expand(-1, slots.kv_heads, -1, share, -1).reshape(-1, len(queries) * share, slots.width)
             self.stored = slots.store[:, :, :span].flatten(2, 3).unbind()
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attend`."""
-        keys, values = self.slots.cells[layer]
-        keys.index_copy_(0, self.target, self.source(_for_attention(k)).flatten(0, 1))
-        values.index_copy_(0, self.target, self.source(_for_attention(v)).flatten(0, 1))
+        written = self.source(_for_attention(torch.cat([k, v], dim=1)))
+        self.slots.cells[layer].index_copy_(0, self.target, written.flatten(0, 1))
         if self.fresh is None:
             return self._read(layer, q)
         fresh = self.fresh(layer, q[self.boundary :], k[self.boundary :], v[self.boundary :])
@@ -364,33 +400,85 @@ class _SlotAttention:
     def _read(self, layer: int, q: Tensor) -> Tensor:
         """Growing rows look at what is stored. Shape: (M, H, h) -> (M, H h)."""
         keys, values = self.stored[layer]
-        kv_heads, size = self.slots.kv_heads, q.shape[-1]
-        grid = self.grid.spread(_for_attention(q)).unflatten(2, (kv_heads, -1))  # (span, Q, K, share, h)
-        asked = grid.permute(0, 2, 3, 1, 4).reshape(len(keys), -1, size)
-        scores = torch.baddbmm(self.mask, asked, keys.mT, alpha=size**-0.5)
-        out = torch.bmm(scores.softmax(dim=-1), values).view(grid.shape[0], kv_heads, -1, grid.shape[1], size)
-        return self.grid.gather(out.permute(0, 3, 1, 2, 4).flatten(2)).to(q.dtype)
+        return self.grid.gather(_products(self.grid.spread(_for_attention(q)), keys, values, self.mask)).to(q.dtype)
+
+
+def _products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention by two products of matrices.
+
+    Args:
+        q: Shape: (B, Q, H, h).
+        keys: Shape: (B K, T, h).
+        values: Shape: (B K, T, h).
+        mask: Added to the scores; one row for each query and each of the heads that share keys. Shape: (..., Q H/K, T).
+
+    Returns:
+        Shape: (B, Q, H h).
+    """
+    rows, queries, _, size = q.shape
+    heads = len(keys) // rows
+    asked = q.reshape(rows, queries, heads, -1).transpose(1, 2).reshape(len(keys), -1, size)
+    scores = torch.baddbmm(mask, asked, keys.mT, alpha=size**-0.5)
+    out = torch.bmm(scores.softmax(dim=-1), values).view(rows, heads, queries, -1).transpose(1, 2)
+    return out.reshape(rows, queries, -1)
 
 
 class _Grid:
-    """Tokens that stand back to back, as the cells of a grid that are inside. Shape of `inside`: (B, T)."""
+    """Tokens that stand back to back, as the cells of a grid.
 
-    def __init__(self, inside: NDArray[np.bool_], device: torch.device) -> None:
-        self.shape = inside.shape
-        self.inside: Tensor | None = None
-        if not inside.all():
-            source = np.zeros(inside.shape, np.int64)  # outside stands the first token again: finite, and seen by none
-            source[inside] = np.arange(inside.sum())
-            self.source = torch.from_numpy(source.ravel()).to(device)
-            self.inside = torch.from_numpy(np.flatnonzero(inside)).to(device)
+    Args:
+        home: Cells from which tokens are read back, in order. Shape: (B, T).
+        number: The token that each cell shows. Shape: (B, T).
+        device: Of the tokens.
+    """
+
+    def __init__(self, home: NDArray[np.bool_], number: NDArray[np.int64], device: torch.device) -> None:
+        self.shape = home.shape
+        self.home: Tensor | None = None  # None: every cell is the home of its token
+        if not home.all():
+            self.number = torch.from_numpy(number.ravel()).to(device)
+            self.home = torch.from_numpy(np.flatnonzero(home)).to(device)
 
     def spread(self, x: Tensor) -> Tensor:
         """Shape: (M, ...) -> (B, T, ...)."""
-        return (x if self.inside is None else x.index_select(0, self.source)).unflatten(0, self.shape)
+        cells = x if self.home is None else x.index_select(0, self.number)
+        return cells.view(*self.shape, *x.shape[1:])
 
     def gather(self, x: Tensor) -> Tensor:
         """Shape: (B, T, ...) -> (M, ...)."""
-        return x.flatten(0, 1) if self.inside is None else x.flatten(0, 1).index_select(0, self.inside)
+        return x.flatten(0, 1) if self.home is None else x.flatten(0, 1).index_select(0, self.home)
+
+
+def _cells(lengths: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """The grid of sequences: `home` and `number` of `_Grid`. Padding shows the first token: finite, and seen by none. Shape: (B,) -> (B, T) each."""
+    home = np.arange(int(lengths.max())) < lengths[:, None]
+    number = np.zeros(home.shape, np.int64)
+    number[home] = np.arange(home.sum())
+    return home, number
+
+
+def _beginnings(tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """The same, where rows that begin alike show the same tokens (the prompt of a group). Shapes: (B, L), (B,) -> (B, T) each."""
+    inside, number = _cells(lengths)
+    rows = tokens[:, : inside.shape[1]]
+    order = sorted(range(len(rows)), key=[row.tobytes() for row in rows].__getitem__)  # neighbours begin alike
+    rows, inside = rows[order], inside[order]
+    alike = np.zeros(inside.shape, bool)  # as in the row before, up to here
+    alike[1:] = np.logical_and.accumulate((rows[1:] == rows[:-1]) & inside[1:] & inside[:-1], axis=1)
+    home = np.empty_like(inside)
+    home[order] = inside
+    if alike.sum() < WORTH_SHARING * inside.sum():
+        return home, number
+    home[order] &= ~alike
+    number[:] = 0
+    number[home] = np.arange(home.sum())
+    first = np.maximum.accumulate(np.where(alike, 0, np.arange(len(order))[:, None]), axis=0)
+    number[order] = np.take_along_axis(number[order], first, axis=0)
+    return home, number
+
+
+WORTH_SHARING = 0.05
+"""Share of tokens from which on it pays to look up those that rows have in common."""
 
 
 def _for_attention(x: Tensor) -> Tensor:
@@ -430,10 +518,6 @@ def _linear(x: Tensor, linear: _Linear) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _side_by_side(x: Tensor, linears: list[_Linear]) -> Tensor:
-    return _linear(x, linears[0]) if len(linears) == 1 else torch.cat([_linear(x, part) for part in linears], dim=-1)
-
-
 def _linear_and_add(x: Tensor, linear: _Linear, to: Tensor) -> Tensor:
     if linear.adapted is not None:
         return to + linear.adapted(x)
@@ -463,16 +547,26 @@ def _merged(linear: _Linear) -> _Linear:
     return _Linear({"weight": weight, "bias": linear.parameters["bias"]}, linear.transposed)
 
 
-def _fused(linears: list[_Linear]) -> list[_Linear]:
-    if len(linears) == 1:
-        return linears
-    parts: dict[str, Any] = {"bias": None}
-    for name in ("weight", "bias"):
-        found = [part.parameters[name] for part in linears]
-        tensors = [tensor.detach() for tensor in found if tensor is not None]
-        if tensors:
-            parts[name] = torch.cat(tensors)
-    return [_Linear(parts)]
+def _joined(norm: _Linear, linears: list[_Linear]) -> tuple[_Linear, list[_Linear]]:
+    """The same with one matrix instead of several, and an RMS norm's weights in it: a product of (d, 3 d) weights is cheap, a copy of (M, 3 d) is not.
+
+    Adapters stay as they are. Norms are joined in float32 only: half precision would be rounded twice.
+
+    Returns:
+        The norm, without weights if they are in the matrix (with sqrt(d), for the norm's mean over features); the layers to read it.
+    """
+    if any(part.adapted for part in linears):
+        return norm, linears
+    weights, biases = ([part.parameters[name] for part in linears] for name in ("weight", "bias"))
+    if len(linears) > 1:
+        bias = None if biases[0] is None else torch.cat(biases)
+        linears = [_Linear({"weight": torch.cat(weights), "bias": bias})]
+    scale = None if "bias" in norm.parameters else norm.parameters["weight"]
+    if scale is not None and scale.dtype == torch.float32:
+        parameters = linears[0].parameters
+        linears = [_Linear({"weight": parameters["weight"] * (scale * len(scale) ** 0.5), "bias": parameters["bias"]})]
+        norm = _Linear({"weight": None})
+    return norm, linears
 
 
 # ---------------------------------------------------------------------- reading a trunk

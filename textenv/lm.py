@@ -32,7 +32,7 @@ from textenv.sampling import Behaviour, log_prob
 _PROBED: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary()
 """Whether the cache serves a model at a length: found out once."""
 
-PACK_HEAD_FROM = 1_000_000
+PACK_HEAD_FROM = 100_000
 """Weights of a head that is worth packing: below, a plain product is as fast."""
 
 BFLOAT16_PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -603,8 +603,8 @@ def trunk_states(
     """
     device = next(trunk.parameters()).device
     if (decoder := Decoder.of(trunk)) is not None:
-        at = (np.cumsum(lengths) - lengths)[rows] + columns
-        return decoder.packed(tokens, lengths).index_select(0, torch.from_numpy(at).to(device))
+        states, number = decoder.packed(tokens, lengths)
+        return states.index_select(0, torch.from_numpy(number[rows, columns]).to(device))
     width = int(lengths.max())
     padded = np.arange(width) >= lengths[:, None]
     ids = torch.from_numpy(np.where(padded, 0, tokens[:, :width])).to(device)

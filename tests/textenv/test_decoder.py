@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from textenv import LanguageModel
-from textenv.decoder import Decoder, Slots
+from textenv.decoder import Decoder, Rows, Slots
 from textenv.lm import trunk_states
 
 from ..tiny import VOCAB, tiny_model
@@ -52,11 +52,29 @@ def some_rows(rows: int = 4, width: int = 12) -> np.ndarray:
     return np.random.default_rng(0).integers(VOCAB, size=(rows, width))
 
 
-def test_whole_rows_and_their_gradients_are_those_of_the_plain_model(known: Any) -> None:
+BEGINNINGS = {  # row -> (the row whose beginning it has, tokens of it)
+    "all rows differ": {},
+    "rows of a group share their prompt": {1: (0, 4), 3: (0, 4)},
+    "beginnings of beginnings": {1: (0, 5), 2: (0, 1), 3: (1, 7)},
+    "prefixes of one row": {0: (1, 5), 2: (1, 1), 3: (1, 7)},
+}
+
+
+@pytest.mark.parametrize("short", [0, 64], ids=["sdpa", "products"])
+@pytest.mark.parametrize("beginnings", BEGINNINGS.values(), ids=BEGINNINGS)
+def test_whole_rows_and_their_gradients_are_those_of_the_plain_model(
+    known: Any, beginnings: dict[int, tuple[int, int]], short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rows, "SHORT", short)
     decoder = Decoder.of(known.base_model)
     assert decoder is not None
     tokens, lengths = some_rows(), np.array([5, 12, 1, 7])
-    ours = decoder.packed(tokens, lengths)
+    for row, (other, n) in beginnings.items():
+        tokens[row, :n] = tokens[other, :n]
+    states, number = decoder.packed(tokens, lengths)
+    alike = {tuple(row[: t + 1]) for row, n in zip(tokens, lengths, strict=True) for t in range(n)}
+    assert len(states) == len(alike)  # each beginning is computed once
+    ours = torch.cat([states[torch.from_numpy(at[:n])] for at, n in zip(number, lengths, strict=True)])
     twin = copy.deepcopy(known)
     theirs = torch.cat([plain_states(twin, row[:n]) for row, n in zip(tokens, lengths, strict=True)])
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
