@@ -7,6 +7,7 @@ entries outside it are 0.
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 AGGREGATIONS = ("token", "sequence", "fixed")
 """Ways to reduce a loss of shape (B, T) to one number: see `aggregate`."""
@@ -39,17 +40,14 @@ def gae(
     Returns:
         Advantages and value targets (advantages + values), 0 outside the mask. Shapes: (B, T), (B, T).
     """
-    mask = mask.to(values.dtype)
-    next_value = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap
-    next_advantage = torch.zeros_like(values[:, 0])
-    advantages = torch.zeros_like(values)
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantages[:, t] = mask[:, t] * (delta + gamma * lam * next_advantage)
-        # Past the end of a row nothing has happened yet: what comes after its last token stays as it was.
-        next_value = torch.where(mask[:, t] > 0, values[:, t], next_value)
-        next_advantage = torch.where(mask[:, t] > 0, advantages[:, t], next_advantage)
-    return advantages, (advantages + values) * mask
+    last = mask & ~F.pad(mask[:, 1:], (0, 1))
+    following = torch.where(last, 0.0 if bootstrap is None else bootstrap[:, None], F.pad(values[:, 1:], (0, 1)))
+    advantages = (rewards + gamma * following - values) * mask
+    weight, reach = gamma * lam, 1  # of delta_{t+reach}, beyond those that are in the sum
+    while reach < mask.shape[1]:
+        advantages = advantages + weight * F.pad(advantages[:, reach:], (0, reach))
+        weight, reach = weight**2, 2 * reach
+    return advantages * mask, (advantages + values) * mask
 
 
 def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

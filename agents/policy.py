@@ -24,7 +24,7 @@ from textenv.lm import (
     trunk_states,
 )
 from textenv.prompts import did_you_mean
-from textenv.sampling import draw_scored, entropy, log_prob
+from textenv.sampling import draw_scored, entropy, log_prob, log_prob_and_entropy
 
 
 class Responses(Protocol):
@@ -230,9 +230,11 @@ class Policy:
         log_probs, entropies = [], []
         for chunk, states in in_chunks(hidden, part[2], self.lm.vocab_size):
             logits, drawn = self.response_logits(states, *(column[chunk] for column in part))
-            log_probs.append(log_prob(logits, drawn))
-            with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-                entropies.append(entropy(logits))
+            scores = (
+                (log_prob(logits, drawn), entropy(logits)) if entropy_gradient else log_prob_and_entropy(logits, drawn)
+            )
+            log_probs.append(scores[0])
+            entropies.append(scores[1])
         return torch.cat(log_probs), torch.cat(entropies), hidden
 
 

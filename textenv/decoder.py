@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Attention of a layer: its number, queries (M, H, h), keys and values (M, K, h) -> (M, H h)."""
+Attend: TypeAlias = Callable[[int, Tensor], Tensor]
+"""Attention of a layer: its number, and each token's queries, keys and values (M, H + 2 K, h) -> (M, H h)."""
 
 
 class _Linear(NamedTuple):
@@ -41,14 +41,20 @@ class _Linear(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """Several linear layers in a row are read side by side: query, key, value; gate, up."""
+class _Reader:
+    """Linear layers side by side that read what a norm makes of the residual stream."""
 
-    norm_attention: _Linear
-    qkv: list[_Linear]
+    norm: _Linear
+    linears: list[_Linear]
+    order: Tensor | None = None
+    """Of their outputs, where another is wanted than they stand in. Shape: (outputs,)."""
+
+
+class _Layer(NamedTuple):
+    qkv: _Reader
     attention_out: _Linear
-    norm_mlp: _Linear
-    up: list[_Linear]
+    up: _Reader
+    """Of a gated MLP: the gate, then what passes it."""
     down: _Linear
 
 
@@ -67,9 +73,7 @@ class Decoder:
         if kind not in _READERS or trunk.training:
             raise NotImplementedError(kind)
         self._places: list[tuple[Any, str, nn.Module]] = []  # (modules of the parent, name, module) of all that is read
-        self.rotation: tuple[Tensor, Tensor] | None = (
-            None  # Llama's, by position: cosine and signed sine, (L, 1, h) each
-        )
+        self.rotation: Tensor | None = None  # Llama's, by position: complex, (L, 1, h / 2)
         self.positions: _Linear | None = None  # GPT-2's learned ones
         self.embedding: _Linear
         self.padding: int | None = trunk.get_input_embeddings().padding_idx  # a row that gets no gradient
@@ -78,10 +82,10 @@ class Decoder:
         self.eps: float
         self.activation: Callable[[Tensor], Tensor]
         self.gated: bool
-        _READERS[kind](self, trunk)
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        _READERS[kind](self, trunk)
         self.floor = torch.tensor((config.hidden_size * self.eps) ** 0.5).to(self.weights)
         self._home = self.weights.device, self.weights.dtype
         if not self._intact(trunk):
@@ -112,9 +116,9 @@ class Decoder:
         with torch.no_grad():
             twin.layers = [
                 _Layer(
-                    *_joined(layer.norm_attention, [_merged(part) for part in layer.qkv]),
+                    _joined(replace(layer.qkv, linears=[_merged(part) for part in layer.qkv.linears])),
                     _merged(layer.attention_out),
-                    *_joined(layer.norm_mlp, [_merged(part) for part in layer.up]),
+                    _joined(replace(layer.up, linears=[_merged(part) for part in layer.up.linears])),
                     _merged(layer.down),
                 )
                 for layer in self.layers
@@ -161,17 +165,16 @@ class Decoder:
         rotation = None
         if self.positions is not None:
             x = x + F.embedding(positions, self.positions.parameters["weight"])
-        elif self.rotation is not None:
-            rotation = tuple(table[positions].to(x.dtype) for table in self.rotation)
-        mixed = self.heads + self.kv_heads
+        elif self.rotation is not None:  # of queries and keys; values are multiplied by 1
+            heads = self.rotation[positions].expand(-1, self.heads + self.kv_heads, -1)
+            rotation = torch.cat([heads, torch.ones_like(heads[:, : self.kv_heads])], dim=1)
         for i, layer in enumerate(self.layers):
-            qkv = self._side_by_side(x, *_joined(layer.norm_attention, layer.qkv))
-            qk, v = qkv.view(len(x), -1, self.head_size).split([mixed, self.kv_heads], dim=1)
+            qkv = _for_attention(self._read(x, layer.qkv)).view(len(x), -1, self.head_size)
             if rotation is not None:
-                qk = torch.addcmul(qk * rotation[0], qk.roll(self.head_size // 2, -1), rotation[1])
-            q, k = qk.split([self.heads, self.kv_heads], dim=1)
-            x = _linear_and_add(attend(i, q, k, v), layer.attention_out, x)
-            up = self._side_by_side(x, *_joined(layer.norm_mlp, layer.up))
+                pairs = torch.view_as_complex(qkv.float().view(*rotation.shape, 2))
+                qkv = torch.view_as_real(pairs * rotation).view(qkv.shape).to(qkv.dtype)
+            x = _linear_and_add(attend(i, qkv).to(x.dtype), layer.attention_out, x)
+            up = self._read(x, layer.up)
             if self.gated:
                 gate, up = up.chunk(2, dim=-1)
                 up = self.activation(gate) * up
@@ -180,12 +183,14 @@ class Decoder:
             x = _linear_and_add(up, layer.down, x)
         return self._normed(x, self.norm)
 
-    def _side_by_side(self, x: Tensor, norm: _Linear, linears: list[_Linear]) -> Tensor:
-        """Linear layers of what the norm makes of `x`. Shape: (M, d) -> (M, sum of their widths)."""
-        x = self._normed(x, norm)
-        return (
-            _linear(x, linears[0]) if len(linears) == 1 else torch.cat([_linear(x, part) for part in linears], dim=-1)
-        )
+    def _read(self, x: Tensor, reader: _Reader) -> Tensor:
+        """Shape: (M, d) -> (M, outputs)."""
+        reader = _joined(reader)
+        x = self._normed(x, reader.norm)
+        if len(reader.linears) == 1:
+            return _linear(x, reader.linears[0])
+        out = torch.cat([_linear(x, part) for part in reader.linears], dim=-1)
+        return out if reader.order is None else out.index_select(1, reader.order)
 
     def _normed(self, x: Tensor, norm: _Linear) -> Tensor:
         weight = norm.parameters["weight"]
@@ -225,7 +230,7 @@ class Decoder:
         home, number = _beginnings(tokens, lengths)
         ids = torch.from_numpy(tokens[:, : home.shape[1]][home]).to(device)
         place = torch.from_numpy(np.nonzero(home)[1]).to(device)
-        return self(ids, place, Rows(home, number, device)), number
+        return self(ids, place, Rows(self, home, number)), number
 
 
 # ---------------------------------------------------------------------- attention
@@ -235,32 +240,34 @@ class Rows:
     """Causal attention within sequences whose tokens stand back to back.
 
     Args:
+        decoder: Whose heads.
         home: See `_Grid`. Shape: (B, T).
         number: See `_Grid`. Shape: (B, T).
-        device: Of the tokens.
     """
 
-    def __init__(self, home: NDArray[np.bool_], number: NDArray[np.int64], device: torch.device) -> None:
+    def __init__(self, decoder: Decoder, home: NDArray[np.bool_], number: NDArray[np.int64]) -> None:
+        self.heads, self.kv_heads = decoder.heads, decoder.kv_heads
+        device, length = decoder.weights.device, home.shape[1]
         self.grid = _Grid(home, number, device)
         self.mask: Tensor | None = None
-        if device.type == "cpu" and home.shape[1] <= self.SHORT:
-            self.mask = torch.full((home.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)
+        if device.type == "cpu" and length <= self.SHORT:
+            later = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
+            self.mask = later.repeat_interleave(self.heads // self.kv_heads, dim=0)
 
     SHORT = 64
     """Rows of so many tokens and less are faster by plain products than by `scaled_dot_product_attention`."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """See `Attend`."""
-        dtype, share = q.dtype, q.shape[1] // k.shape[1]
-        q, k, v = (self.grid.spread(_for_attention(x)) for x in (q, k, v))
+        q, k, v = self.grid.spread(qkv).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if self.mask is not None:
-            mask = self.mask.repeat_interleave(share, dim=0)
-            out = _products(q, k.flatten(0, 1), v.flatten(0, 1), mask)
+            out = _products(q, k.flatten(0, 1), v.flatten(0, 1), self.mask)
         else:
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=share > 1)
+            grouped = self.heads != self.kv_heads
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=grouped)
             out = out.transpose(1, 2).flatten(2)
-        return self.grid.gather(out).to(dtype)
+        return self.grid.gather(out)
 
 
 class Slots:
@@ -361,7 +368,7 @@ class _SlotAttention:
         growing = order[start[order] > 0]
         fresh = order[len(growing) :]
         self.boundary = int(new[growing].sum())
-        self.fresh = Rows(*_cells(new[fresh]), device) if len(fresh) else None
+        self.fresh = Rows(slots.decoder, *_cells(new[fresh])) if len(fresh) else None
 
         # What is written where: a row's keys and values come from the row that is computed for it.
         begin = np.empty(len(start), np.int64)
@@ -388,19 +395,20 @@ class _SlotAttention:
             self.mask = rows.expand(-1, slots.kv_heads, -1, share, -1).reshape(-1, len(queries) * share, slots.width)
             self.stored = slots.store[:, :, :span].flatten(2, 3).unbind()
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """See `Attend`."""
-        written = self.source(_for_attention(torch.cat([k, v], dim=1)))
+        written = self.source(qkv[:, self.slots.heads :])
         self.slots.cells[layer].index_copy_(0, self.target, written.flatten(0, 1))
         if self.fresh is None:
-            return self._read(layer, q)
-        fresh = self.fresh(layer, q[self.boundary :], k[self.boundary :], v[self.boundary :])
-        return torch.cat([self._read(layer, q[: self.boundary]), fresh]) if self.boundary else fresh
+            return self._read(layer, qkv)
+        fresh = self.fresh(layer, qkv[self.boundary :])
+        return torch.cat([self._read(layer, qkv[: self.boundary]), fresh]) if self.boundary else fresh
 
-    def _read(self, layer: int, q: Tensor) -> Tensor:
-        """Growing rows look at what is stored. Shape: (M, H, h) -> (M, H h)."""
+    def _read(self, layer: int, qkv: Tensor) -> Tensor:
+        """Growing rows look at what is stored. Shape: (M, H + 2 K, h) -> (M, H h)."""
         keys, values = self.stored[layer]
-        return self.grid.gather(_products(self.grid.spread(_for_attention(q)), keys, values, self.mask)).to(q.dtype)
+        queries = self.grid.spread(qkv[:, : self.slots.heads])
+        return self.grid.gather(_products(queries, keys, values, self.mask))
 
 
 def _products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -547,26 +555,25 @@ def _merged(linear: _Linear) -> _Linear:
     return _Linear({"weight": weight, "bias": linear.parameters["bias"]}, linear.transposed)
 
 
-def _joined(norm: _Linear, linears: list[_Linear]) -> tuple[_Linear, list[_Linear]]:
-    """The same with one matrix instead of several, and an RMS norm's weights in it: a product of (d, 3 d) weights is cheap, a copy of (M, 3 d) is not.
+def _joined(reader: _Reader) -> _Reader:
+    """The same with one matrix, in order, and an RMS norm's weights in it: to copy (3 d, d) weights is cheap, (M, 3 d) states are not.
 
-    Adapters stay as they are. Norms are joined in float32 only: half precision would be rounded twice.
-
-    Returns:
-        The norm, without weights if they are in the matrix (with sqrt(d), for the norm's mean over features); the layers to read it.
+    Adapters stay as they are. Norms are joined in float32 only, for half precision would be rounded twice; sqrt(d), which is
+    left of the norm's mean over features, is in the matrix too.
     """
-    if any(part.adapted for part in linears):
-        return norm, linears
-    weights, biases = ([part.parameters[name] for part in linears] for name in ("weight", "bias"))
-    if len(linears) > 1:
-        bias = None if biases[0] is None else torch.cat(biases)
-        linears = [_Linear({"weight": torch.cat(weights), "bias": bias})]
-    scale = None if "bias" in norm.parameters else norm.parameters["weight"]
-    if scale is not None and scale.dtype == torch.float32:
-        parameters = linears[0].parameters
-        linears = [_Linear({"weight": parameters["weight"] * (scale * len(scale) ** 0.5), "bias": parameters["bias"]})]
-        norm = _Linear({"weight": None})
-    return norm, linears
+    norm, linears, order = reader.norm, reader.linears, reader.order
+    scale = norm.parameters["weight"] if "bias" not in norm.parameters else None
+    if scale is not None and scale.dtype != torch.float32:
+        scale = None
+    if any(part.adapted for part in linears) or (len(linears) == 1 and order is None and scale is None):
+        return reader
+    weight = torch.cat([part.parameters["weight"] for part in linears])
+    bias = None if linears[0].parameters["bias"] is None else torch.cat([part.parameters["bias"] for part in linears])
+    if order is not None:
+        weight, bias = weight.index_select(0, order), bias if bias is None else bias.index_select(0, order)
+    if scale is not None:
+        weight, norm = weight * (scale * len(scale) ** 0.5), _Linear({"weight": None})
+    return _Reader(norm, [_Linear({"weight": weight, "bias": bias})])
 
 
 # ---------------------------------------------------------------------- reading a trunk
@@ -579,27 +586,34 @@ def _read_llama(decoder: Decoder, trunk: Any) -> None:
     decoder.rotation = _rotation(trunk)
     decoder.eps, decoder.activation, decoder.gated = config.rms_norm_eps, _ACTIVATIONS[config.hidden_act], True
     decoder.embedding, decoder.norm = decoder.part(trunk, "embed_tokens"), decoder.part(trunk, "norm")
+    rotated, size = decoder.heads + decoder.kv_heads, decoder.head_size
+    places = torch.arange((rotated + decoder.kv_heads) * size, device=decoder.weights.device).view(-1, size)
+    pairs = places[:rotated].view(rotated, 2, -1).mT.reshape(rotated, size)  # what is rotated together side by side
+    order = torch.cat([pairs, places[rotated:]]).flatten()
     decoder.layers = [
         _Layer(
-            norm_attention=decoder.part(layer, "input_layernorm"),
-            qkv=[decoder.part(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")],
+            qkv=_Reader(
+                decoder.part(layer, "input_layernorm"),
+                [decoder.part(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")],
+                order,
+            ),
             attention_out=decoder.part(layer.self_attn, "o_proj"),
-            norm_mlp=decoder.part(layer, "post_attention_layernorm"),
-            up=[decoder.part(layer.mlp, name) for name in ("gate_proj", "up_proj")],
+            up=_Reader(
+                decoder.part(layer, "post_attention_layernorm"),
+                [decoder.part(layer.mlp, name) for name in ("gate_proj", "up_proj")],
+            ),
             down=decoder.part(layer.mlp, "down_proj"),
         )
         for layer in trunk.layers
     ]
 
 
-def _rotation(trunk: Any) -> tuple[Tensor, Tensor]:
-    """`x cos + roll(x) sin` is the rotation of a head by its position. Shapes: (L, 1, h), (L, 1, h)."""
+def _rotation(trunk: Any) -> Tensor:
+    """The rotation of a head by its position, as factors of pairs of features. Shape: (L, 1, h / 2), complex."""
     with torch.no_grad():
         places = torch.arange(trunk.config.max_position_embeddings, device=trunk.rotary_emb.inv_freq.device)
         cos, sin = (x[0, :, None] for x in trunk.rotary_emb(places[:0].float(), places[None]))
-        sign = torch.ones(sin.shape[-1]).to(sin)
-        sign[: len(sign) // 2] = -1
-        return cos, sin * sign
+        return torch.complex(*(x[..., : x.shape[-1] // 2].contiguous() for x in (cos, sin)))
 
 
 def _read_gpt2(decoder: Decoder, trunk: Any) -> None:
@@ -613,11 +627,9 @@ def _read_gpt2(decoder: Decoder, trunk: Any) -> None:
     decoder.embedding, decoder.norm = decoder.part(trunk, "wte"), decoder.part(trunk, "ln_f")
     decoder.layers = [
         _Layer(
-            norm_attention=decoder.part(layer, "ln_1"),
-            qkv=[decoder.part(layer.attn, "c_attn")],
+            qkv=_Reader(decoder.part(layer, "ln_1"), [decoder.part(layer.attn, "c_attn")]),
             attention_out=decoder.part(layer.attn, "c_proj"),
-            norm_mlp=decoder.part(layer, "ln_2"),
-            up=[decoder.part(layer.mlp, "c_fc")],
+            up=_Reader(decoder.part(layer, "ln_2"), [decoder.part(layer.mlp, "c_fc")]),
             down=decoder.part(layer.mlp, "c_proj"),
         )
         for layer in trunk.h

@@ -95,23 +95,38 @@ class Behaviour:
 
 def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
     """The log-probability of `actions` under `logits`. Differentiable. Shapes: (M, V), (M,) -> (M,). Unit: nats."""
-    value: torch.Tensor = _LogProb.apply(logits, actions)  # type: ignore[no-untyped-call]  # torch has no annotation for it
+    value: torch.Tensor = _Scores.apply(logits, actions, False)[0]  # type: ignore[no-untyped-call]  # torch has no annotation for it
     return value
 
 
-class _LogProb(torch.autograd.Function):
+def log_prob_and_entropy(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`log_prob`, and `entropy` without its gradient, from one softmax. Shapes: (M, V), (M,) -> (M,), (M,). Unit: nats."""
+    values: tuple[torch.Tensor, torch.Tensor] = _Scores.apply(logits, actions, True)  # type: ignore[no-untyped-call]
+    return values
+
+
+class _Scores(torch.autograd.Function):
     """One array of (M, V) at a time, forward and backward, beside the logits themselves."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, actions: torch.Tensor, with_entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.save_for_backward(logits, actions)
-        return logits.gather(-1, actions[..., None]).squeeze(-1) - log_sum_exp(logits, logits.softmax(dim=-1))
+        p = logits.softmax(dim=-1)
+        normaliser = log_sum_exp(logits, p)
+        chosen = logits.gather(-1, actions[..., None]).squeeze(-1) - normaliser
+        if not with_entropy:
+            return chosen, None
+        uncertainty = _entropy(logits, p, normaliser)
+        ctx.mark_non_differentiable(uncertainty)
+        return chosen, uncertainty
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:
         logits, actions = ctx.saved_tensors
         out = logits.softmax(dim=-1).mul_(-gradient[..., None])
-        return out.scatter_add_(-1, actions[..., None], gradient[..., None]), None
+        return out.scatter_add_(-1, actions[..., None], gradient[..., None]), None, None
 
 
 def log_sum_exp(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
@@ -125,7 +140,11 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
         log_p = logits.log_softmax(dim=-1)
         return -(log_p.exp() * log_p.clamp(min=-1e9)).sum(dim=-1)
     p = logits.softmax(dim=-1)
-    normaliser = log_sum_exp(logits, p)
+    return _entropy(logits, p, log_sum_exp(logits, p))
+
+
+def _entropy(logits: torch.Tensor, p: torch.Tensor, normaliser: torch.Tensor) -> torch.Tensor:
+    """Overwrites `p`."""
     return normaliser - p.mul_(logits.clamp(min=-1e9)).sum(dim=-1)
 
 
