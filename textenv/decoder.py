@@ -196,9 +196,10 @@ class Decoder:
         weight = norm.parameters["weight"]
         if "bias" in norm.parameters:
             return torch.layer_norm(x, x.shape[-1:], weight, norm.parameters["bias"], self.eps)
-        if weight is None:  # `_joined`: x / sqrt(|x|^2 + d eps), three kernels where torch's RMS norm has six
-            return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
-        return torch.rms_norm(x, x.shape[-1:], weight, self.eps)
+        if x.dtype != torch.float32:
+            return torch.rms_norm(x, x.shape[-1:], weight, self.eps)
+        unit = x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)  # rms_norm: six kernels
+        return unit if weight is None else unit * (weight * x.shape[-1] ** 0.5)
 
     @torch.no_grad()
     def equals(self, trunk: Any) -> bool:
@@ -387,9 +388,8 @@ class _SlotAttention:
             self.grid = _Grid(*_cells(count), device)
             queries = np.arange(self.grid.shape[1])
             # (span, Q, width); rows between growing ones read rubbish, which nobody uses
-            mask = np.where(
-                np.arange(slots.width) > (first[:, None] + queries)[:, :, None], np.finfo(np.float32).min, 0.0
-            )
+            later = np.arange(slots.width) > (first[:, None] + queries)[:, :, None]
+            mask = np.where(later, np.finfo(np.float32).min, np.float32(0.0))
             rows = torch.from_numpy(mask).to(device, slots.store.dtype)[:, None, :, None]
             share = slots.heads // slots.kv_heads  # query heads that read one key/value head
             self.mask = rows.expand(-1, slots.kv_heads, -1, share, -1).reshape(-1, len(queries) * share, slots.width)
@@ -459,7 +459,10 @@ class _Grid:
 
 def _cells(lengths: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """The grid of sequences: `home` and `number` of `_Grid`. Padding shows the first token: finite, and seen by none. Shape: (B,) -> (B, T) each."""
-    home = np.arange(int(lengths.max())) < lengths[:, None]
+    longest = int(lengths.max())
+    if (lengths == longest).all():
+        return np.ones((len(lengths), longest), bool), np.arange(len(lengths) * longest).reshape(-1, longest)
+    home = np.arange(longest) < lengths[:, None]
     number = np.zeros(home.shape, np.int64)
     number[home] = np.arange(home.sum())
     return home, number
@@ -510,6 +513,8 @@ def _ranges(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(row, place) of each token in [start, stop), row after row. Shapes: (B,) each -> (M,), (M,)."""
     count = stop - start
+    if (count == 1).all():
+        return rows, start
     offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     return np.repeat(rows, count), np.repeat(start, count) + offset
 

@@ -547,18 +547,21 @@ class _WeightWatch:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         self._watched: list[tuple[dict[str, Any], str, torch.nn.Parameter]] = []
-        self._pointers: list[int] = []
+        self._places: list[int] = []
         self._samples: list[NDArray[Any]] = []
         self._seen: object = None
 
     def changed(self) -> bool:
         """Whether anything differs from the last call."""
-        there = self._watched and all(owner.get(name) is p for owner, name, p in self._watched)
-        if not there or self._pointers != [p.data_ptr() for _, _, p in self._watched]:
+        if not self._watched or self._places != self._where():
             self._watch()
         seen = [p._version for _, _, p in self._watched], np.concatenate(self._samples).tobytes()
         changed, self._seen = seen != self._seen, seen
         return changed
+
+    def _where(self) -> list[int]:
+        """Addresses of the parameters; 0 for one whose module has another by now."""
+        return [p.data_ptr() if owner.get(name) is p else 0 for owner, name, p in self._watched]
 
     def _watch(self) -> None:
         """Look up the parameters anew."""
@@ -566,7 +569,7 @@ class _WeightWatch:
         self._watched = [
             (m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None
         ]
-        self._pointers = [p.data_ptr() for _, _, p in self._watched]
+        self._places = self._where()
         self._samples = [np.empty(0, np.uint8), *(self._sampled(p) for _, _, p in self._watched)]
         self._seen = None
 
