@@ -169,7 +169,7 @@ class Decoder:
             heads = self.rotation[positions].expand(-1, self.heads + self.kv_heads, -1)
             rotation = torch.cat([heads, torch.ones_like(heads[:, : self.kv_heads])], dim=1)
         for i, layer in enumerate(self.layers):
-            qkv = _for_attention(self._read(x, layer.qkv)).view(len(x), -1, self.head_size)
+            qkv = _for_attention(self._read(x, layer.qkv)).contiguous().view(len(x), -1, self.head_size)
             if rotation is not None:
                 pairs = torch.view_as_complex(qkv.float().view(*rotation.shape, 2))
                 qkv = torch.view_as_real(pairs * rotation).view(qkv.shape).to(qkv.dtype)
@@ -522,10 +522,19 @@ def _ranges(
 # ---------------------------------------------------------------------- linear layers
 
 
+FEW_ROWS, WIDE = 256, 4
+"""So few rows that go to so many times as many outputs are multiplied from the other side, where two threads are a quarter faster."""
+
+
 def _linear(x: Tensor, linear: _Linear) -> Tensor:
     if linear.adapted is not None:
         return linear.adapted(x)
     weight, bias = linear.parameters["weight"], linear.parameters["bias"]
+    if len(x) <= FEW_ROWS and x.device.type == "cpu" and not torch.is_grad_enabled():
+        by_output = weight.t() if linear.transposed else weight
+        if len(by_output) >= WIDE * x.shape[1]:
+            out = torch.mm(by_output, x.t()) if bias is None else torch.addmm(bias[:, None], by_output, x.t())
+            return out.t()
     if linear.transposed:
         return torch.addmm(bias, x, weight)
     return F.linear(x, weight, bias)
