@@ -292,9 +292,9 @@ class Slots:
         self.store = _for_attention(decoder.weights.new_zeros(0)).new_zeros(
             len(decoder.layers), 2, lanes, self.kv_heads, 0, decoder.head_size
         )
-        self.cells: tuple[
-            Tensor, ...
-        ] = ()  # by layer: keys, then values; every lane's and head's rows one after the other
+        self.cells: tuple[Tensor, ...] = ()  # by layer: keys, then values; rows of lanes and heads one after the other
+        self.replays = self.store.device.type == "cuda"  # whether steps of all lanes by one token are recorded
+        self.graph: _Graph | None = None  # of this width
 
     @property
     def width(self) -> int:
@@ -304,11 +304,13 @@ class Slots:
     def _widen(self, tokens: int) -> None:
         """Make room for so many tokens."""
         if tokens > self.width:
-            old, width = self.store, min(self.limit, -(-tokens // self.BLOCK) * self.BLOCK)
+            block = self.BLOCK * (4 if self.replays else 1)  # a recorded step is of one width
+            old, width = self.store, min(self.limit, -(-tokens // block) * block)
             self.store = old.new_empty(*old.shape[:4], width, old.shape[5])
             self.store[..., : old.shape[4], :] = old
             self.store[..., old.shape[4] :, :] = 0.0  # finite, for what is masked is still multiplied by 0
             self.cells = self.store.view(len(self.store), -1, self.store.shape[-1]).unbind()
+            self.graph = None
 
     @torch.inference_mode()
     def swap(self, a: list[int], b: list[int]) -> None:
@@ -338,8 +340,12 @@ class Slots:
         computed = like == np.arange(len(tokens))
         order = np.concatenate([np.flatnonzero(start > 0), np.flatnonzero(computed & (start == 0))])
         row, place = _ranges(order, start[order], stop[order])
-        ids = torch.from_numpy(tokens[row, place]).to(device)
-        states = self.decoder(ids, torch.from_numpy(place).to(device), _SlotAttention(self, start, stop, order, like))
+        ids, places = (torch.from_numpy(x).to(device) for x in (tokens[row, place], place))
+        attention = _SlotAttention(self, start, stop, order, like)
+        if self.replays and attention.steady and len(tokens) == self.store.shape[2]:
+            self.graph = self.graph or _Graph(self.decoder, attention, ids, places)
+            return self.graph(attention, ids, places)
+        states = self.decoder(ids, places, attention)
         end = np.empty(len(tokens), np.int64)
         end[order] = np.cumsum((stop - start)[order]) - 1
         return _Selection(end[like], len(states), device)(states)
@@ -395,6 +401,11 @@ class _SlotAttention:
             self.mask = rows.expand(-1, slots.kv_heads, -1, share, -1).reshape(-1, len(queries) * share, slots.width)
             self.stored = slots.store[:, :, :span].flatten(2, 3).unbind()
 
+    @property
+    def steady(self) -> bool:
+        """Whether each row grows by one token."""
+        return self.fresh is None and self.source.rows is None and self.grid.home is None and self.grid.shape[1] == 1
+
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """See `Attend`."""
         written = self.source(qkv[:, self.slots.heads :])
@@ -409,6 +420,46 @@ class _SlotAttention:
         keys, values = self.stored[layer]
         queries = self.grid.spread(qkv[:, : self.slots.heads])
         return self.grid.gather(_products(queries, keys, values, self.mask))
+
+
+class _Graph:
+    """A step of all lanes by one token, recorded once: one launch instead of some twenty per layer.
+
+    Args:
+        decoder: Whose pass is recorded.
+        attention: `steady`; its tensors become the recorded pass's own.
+        ids: Shape: (B,).
+        places: Shape: (B,).
+    """
+
+    def __init__(self, decoder: Decoder, attention: _SlotAttention, ids: Tensor, places: Tensor) -> None:
+        attention.mask = attention.mask.contiguous()  # heads that share keys may share its memory
+        self.own = attention.target, attention.mask, ids, places
+        self.replay, self.states = _recorded(lambda: decoder(ids, places, attention))
+
+    def __call__(self, attention: _SlotAttention, ids: Tensor, places: Tensor) -> Tensor:
+        """As the decoder's own pass. Shapes: (B,), (B,) -> (B, d)."""
+        for own, new in zip(self.own, (attention.target, attention.mask, ids, places), strict=True):
+            own.copy_(new)
+        self.replay()
+        return self.states.clone()
+
+
+def _recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of `run`: what repeats it, and where its result stands then.
+
+    `run` is called beforehand on another stream, as https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs asks for.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        states = run()
+    return graph.replay, states
 
 
 def _products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

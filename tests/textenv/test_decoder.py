@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,39 @@ def test_lanes_that_begin_grow_and_share_a_prompt_in_one_pass(known: Any, monkey
 
 
 @torch.no_grad()
+def test_a_recorded_step_is_repeated_with_the_tokens_that_come_next(
+    known: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does with CUDA graphs, with a recording that any machine can repeat."""
+    widths = []
+
+    def recorded(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        states = run().clone()
+        widths.append(slots.width)
+        return lambda: states.copy_(run()), states
+
+    monkeypatch.setattr("textenv.decoder._recorded", recorded)
+    monkeypatch.setattr(Slots, "BLOCK", 1)  # 4 where steps are recorded
+    decoder = Decoder.of(known.base_model)
+    assert decoder is not None
+    slots, tokens = Slots(decoder.fused(), 4, 12), some_rows()
+    slots.replays = True
+    for start, stop in (
+        ([0, 0, 0, 0], [3, 1, 3, 5]),
+        ([3, 1, 3, 5], [4, 2, 4, 6]),  # recorded
+        ([4, 2, 4, 6], [5, 3, 5, 7]),  # repeated
+        ([5, 0, 5, 7], [6, 2, 6, 8]),  # one begins again: as ever
+        ([6, 2, 6], [7, 3, 7]),  # fewer lanes: as ever
+        ([7, 3, 7, 8], [8, 4, 8, 9]),  # wider: recorded again
+        ([8, 4, 8, 9], [9, 5, 9, 10]),
+    ):
+        states = slots.step(tokens[: len(stop)], np.array(start), np.array(stop))
+        for row, n, state in zip(tokens, stop, states, strict=False):
+            torch.testing.assert_close(state, plain_states(known, row[:n])[-1], atol=1e-4, rtol=1e-4)
+    assert widths == [8, 12]
+
+
+@torch.no_grad()
 def test_a_prompt_shared_by_a_group_is_computed_once_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = tiny_model("llama"), []
     written_out = Decoder.__call__
@@ -193,7 +227,8 @@ def test_a_packed_head_is_packed_again_after_an_optimiser_step(monkeypatch: pyte
 def test_on_a_gpu_lanes_say_what_the_plain_model_says(dtype: torch.dtype, bound: float) -> None:
     model = tiny_model("llama").to("cuda", dtype)
     lm, tokens = LanguageModel(model, 12), some_rows(3)
-    for lengths in ([3, 1, 5], [4, 2, 6], [5, 7, 1]):
+    assert lm.cached
+    for lengths in ([3, 1, 5], [4, 2, 6], [5, 3, 7], [6, 4, 8], [7, 8, 1]):  # steady steps are recorded and repeated
         observations = np.full((3, 12), VOCAB)
         for lane, n in enumerate(lengths):
             observations[lane, :n] = tokens[lane, :n]
