@@ -191,11 +191,12 @@ def rollouts(bench: Bench, shape: Shape, lanes: int, stops: bool, name: str) -> 
     return [compare(f"{name}/{lane}", sides, runs, lane, "generate") for lane in ("deferred", "step")]
 
 
-def lanes(bench: Bench, shape: Shape, name: str) -> list[Row]:
+def lanes(bench: Bench, shape: Shape, stops: bool, name: str) -> list[Row]:
     """Reward and KL paid at each step, against both settled at the end."""
     n, budget = bench.size.lanes[len(bench.size.lanes) // 2], bench.size.budget
-    episodes = rollout_episodes(n, stops=True)
-    model, tokenizer = build_model(shape, budget / 3, budget, bench.dtype), build_tokenizer(shape.vocab_size)
+    episodes = rollout_episodes(n, stops)
+    model = build_model(shape, budget / 3 if stops else None, budget, bench.dtype)
+    tokenizer = build_tokenizer(shape.vocab_size)
     prompts = build_prompts(shape.vocab_size, episodes)
     envs = make_envs(model, tokenizer, prompts, lanes=n, budget=budget, beta=BETA)
     brief = make_envs(model, tokenizer, prompts, lanes=n, budget=min(PROBE_BUDGET, budget), beta=BETA)
@@ -208,9 +209,10 @@ def lanes(bench: Bench, shape: Shape, name: str) -> list[Row]:
             name, lambda: rollout(wrap(envs), policy, episodes, rng), lambda: rollout(wrap(brief), policy, n, rng)
         )
 
-    sides = bench.settle([side("step", gym.vector.VectorWrapper), side("deferred", lambda env: env)], name)
+    sides = [side("step", gym.vector.VectorWrapper), side("deferred", lambda env: env)]
+    sides = bench.settle(sides, "lanes", shape.name)
     runs = interleave(sides, bench.size.repeats)
-    check_same_work(runs, budget, episodes, stops=True)
+    check_same_work(runs, budget, episodes, stops)
     return [compare(name, sides, runs, "step", "deferred")]
 
 
@@ -578,7 +580,8 @@ def parts(size: Size) -> list[Part]:
         for stops in (True, False):
             part(f"rollout-{short(shape)}-{n}-{'self' if stops else 'fixed'}", "rollout", rollouts, shape, n, stops)
     for shape in shapes:
-        part(f"lanes-{short(shape)}", "lanes", lanes, shape)
+        for stops in (True, False):
+            part(f"lanes-{short(shape)}-{'self' if stops else 'fixed'}", "lanes", lanes, shape, stops)
     for shape in shapes:
         for algorithm in ("RLOO", "GRPO"):
             for stops in (False, True):

@@ -61,19 +61,19 @@ class Side:
     threads: int = 1
 
     def at_its_best(self, choices: Sequence[int]) -> Side:
-        """On the number of threads that runs the probe fastest. It is run twice on each; the first time is warm-up."""
+        """On the number of threads that runs the probe fastest. It is run three times on each; the first time is warm-up."""
         return replace(self, threads=fastest(dict.fromkeys(choices, self.probe), lambda threads: threads))
 
 
 def fastest(probes: dict[Any, Callable[[], object]], threads_of: Callable[[Any], int]) -> Any:
-    """The key whose function takes the least time, of two runs each."""
+    """The key whose function takes the least time, of three runs each."""
     seconds: dict[Any, float] = {}
     for key, probe in probes.items():
         if len(probes) == 1:
             torch.set_num_threads(threads_of(key))
             probe()  # warm-up
             return key
-        for _ in range(2):
+        for _ in range(3):
             watch = Stopwatch(threads_of(key))
             probe()
             seconds[key] = min(watch.stop(0).seconds, seconds.get(key, np.inf))

@@ -38,8 +38,10 @@ AIMS: dict[str, Aim] = {
     "rollout-1M-64-self/deferred": Aim(3),
     "rollout-15M-64-fixed/deferred": Aim(3),
     "rollout-1M-64-fixed/deferred": Aim(1.7),
-    "lanes-15M": Aim(0.5),
-    "lanes-1M": Aim(0.5),
+    "lanes-15M-self": Aim(0.5),
+    "lanes-15M-fixed": Aim(0.5),
+    "lanes-1M-self": Aim(0.5),
+    "lanes-1M-fixed": Aim(0.5),
     "RLOO-15M-fixed": Aim(2.5),
     "GRPO-15M-fixed": Aim(2.5),
     "RLOO-1M-fixed": Aim(1.7),
@@ -199,7 +201,8 @@ def make_tables(report: Mapping[str, Any], size: Size, beta: float, group_size: 
         ),
         "lanes": (
             "Step lane against deferred lane",
-            f"Reward and KL (beta {beta}) paid at each step, or settled at the end. {rollout_episodes(n, True)} episodes in {n} lanes, which stop by themselves.",
+            f"Reward and KL (beta {beta}) paid at each step, or settled at the end, in {n} lanes: {rollout_episodes(n, True)} episodes that stop by "
+            f"themselves (self), or one wave at the cap (fixed).",
         ),
         "iteration": (
             f"One iteration, rollout to optimiser step, against TRL ({trl})",

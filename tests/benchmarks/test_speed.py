@@ -105,8 +105,8 @@ def test_sides_take_turns_and_the_order_alternates() -> None:
     assert [run.tokens for run in runs["b"]] == [5, 5, 5]
 
 
-def test_the_choice_with_the_fastest_of_two_runs_is_taken() -> None:
-    naps = {"steady": iter((0.2, 0.2)), "slow at first": iter((0.4, 0.0))}
+def test_the_choice_with_the_fastest_of_three_runs_is_taken() -> None:
+    naps = {"steady": iter((0.2, 0.2, 0.2)), "slow at first": iter((0.4, 0.3, 0.0))}
     probes = {name: lambda name=name: time.sleep(next(naps[name])) for name in naps}
     assert fastest(probes, lambda name: 1) == "slow at first"
 
@@ -235,7 +235,8 @@ def test_the_parts_without_peers_run_and_are_reported(
         "rollout-tiny-4-self/step",
         "rollout-tiny-4-fixed/deferred",
         "rollout-tiny-4-fixed/step",
-        "lanes-tiny",
+        "lanes-tiny-self",
+        "lanes-tiny-fixed",
         "update-tiny/prefix rows",
         "update-tiny/stable-baselines3",
         "floor-tiny",
