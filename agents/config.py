@@ -30,8 +30,9 @@ class AgentConfig:
     top_p: float | None = None
     """Sample from the smallest set of tokens of this probability (scored and trained under the same truncation)."""
     tokens_per_pass: int | None = None
-    """Activation checkpointing: an update over more tokens (prompts and padding counted) than this runs in several passes, each computed a
-    second time for its gradient. A third more work, for memory that does not grow with the minibatch; None holds it whole."""
+    """An update over more tokens (prompts and padding counted) than this runs in several passes. RLOO and GRPO add up the passes' gradients
+    (None is 2,048 on a CPU). Others, whose loss is no sum over completions, compute each pass a second time for its gradient (activation
+    checkpointing: a third more work); None holds the minibatch whole."""
     rollout_dtype: Literal["bfloat16"] | None = None
     """Draw tokens from a copy of the policy in bfloat16, where the processor computes faster in it; what is trained stays in
     float32, and agents whose gradient is that of the policy weigh what was drawn (docs/performance.md). None draws from the policy itself."""

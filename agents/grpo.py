@@ -192,40 +192,49 @@ class GRPO(LanguageModelAgent):
         if cfg.dynamic_sampling:
             kept_rows = kept_rows[informative.numpy().repeat(self.group_size)][: cfg.episodes_per_update]
 
-        figures: dict[str, list[float]] = defaultdict(list)
-        figures["informative_groups"].append(informative.double().mean().item())
+        figures: dict[str, list[tuple[float, int]]] = defaultdict(list)  # means, and of how many
+        figures["informative_groups"].append((informative.double().mean().item(), 1))
+        first_ratio_error = 0.0
         for rows in self.minibatches(kept_rows):
-            log_probs, entropy, _ = self.policy.evaluate(episodes, rows)
-            part = slice(0, log_probs.shape[1])  # as wide as the longest response of the minibatch
-            m, old, adv = mask[rows, part], old_log_probs[rows, part], advantages[rows, None]
+            all_tokens = int(episodes.response_length[rows].sum())
+            for part in self.policy.passes(episodes, rows):
+                log_probs, entropy, _ = self.policy.evaluate(episodes, part)
+                width = slice(0, log_probs.shape[1])  # as wide as the longest response of the pass
+                m, old, adv = mask[part, width], old_log_probs[part, width], advantages[part, None]
+                tokens = int(m.sum())
+                share = tokens / all_tokens if cfg.loss_aggregation == "token" else len(part) / len(rows)
 
-            log_ratio = log_probs - old
-            if cfg.ratio_of == "sequence":
-                ratio = torch.exp(log_ratio.sum(dim=1) / m.sum(dim=1))[:, None].expand_as(log_ratio)
-            else:
-                ratio = torch.exp(log_ratio)
-            losses = clipped_losses(ratio, adv, cfg.clip_low, cfg.clip_high)
-            policy_loss = aggregate(losses, m, cfg.loss_aggregation, mask.shape[1])
-            loss = policy_loss
-            if ref_log_probs is not None:
-                kl_losses = kl_terms(log_probs - ref_log_probs[rows, part], torch.exp(log_ratio), cfg.kl_estimator)
-                kl_loss = aggregate(kl_losses, m, cfg.loss_aggregation, mask.shape[1])
-                loss = loss + self.lanes.kl.beta * kl_loss
-                figures["kl_loss"].append(kl_loss.item())
-            loss.backward()
-            if "first_ratio_error" not in figures:
-                figures["first_ratio_error"].append((log_ratio.exp() - 1).abs().max().item())
-            kept = m & (log_ratio > -torch.inf)  # a token that has left the top-k or top-p set has ratio 0
-            approx_kl = masked_mean(torch.where(kept, log_ratio.exp() - 1 - log_ratio, 0.0), kept)
-            figures["approx_kl"].append(approx_kl.item())
-            figures["grad_norm"].append(self.apply_gradients(self.adam))
-            self.accounts["gradient_tokens"] += int(episodes.response_length[rows].sum())
-            figures["policy_loss"].append(policy_loss.item())
-            figures["entropy"].append(masked_mean(entropy, m).item())
-            clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-            figures["clip_fraction"].append(masked_mean(clipped.double(), m).item())
-        for name, values_seen in figures.items():
-            self.logger.record(f"train/{name}", float(np.mean(values_seen)))
+                log_ratio = log_probs - old
+                if cfg.ratio_of == "sequence":
+                    ratio = torch.exp(log_ratio.sum(dim=1) / m.sum(dim=1))[:, None].expand_as(log_ratio)
+                else:
+                    ratio = torch.exp(log_ratio)
+                losses = clipped_losses(ratio, adv, cfg.clip_low, cfg.clip_high)
+                policy_loss = aggregate(losses, m, cfg.loss_aggregation, mask.shape[1])
+                loss = policy_loss
+                if ref_log_probs is not None:
+                    log_ref_ratio = log_probs - ref_log_probs[part, width]
+                    kl_losses = kl_terms(log_ref_ratio, torch.exp(log_ratio), cfg.kl_estimator)
+                    kl_loss = aggregate(kl_losses, m, cfg.loss_aggregation, mask.shape[1])
+                    loss = loss + self.lanes.kl.beta * kl_loss
+                    figures["kl_loss"].append((kl_loss.item(), tokens))
+                (loss * share).backward()  # the mean over the minibatch, part by part
+                if "grad_norm" not in figures:
+                    first_ratio_error = max(first_ratio_error, (log_ratio.exp() - 1).abs().max().item())
+                kept = m & (log_ratio > -torch.inf)  # a token that has left the top-k or top-p set has ratio 0
+                approx_kl = masked_mean(torch.where(kept, log_ratio.exp() - 1 - log_ratio, 0.0), kept)
+                clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
+                figures["approx_kl"].append((approx_kl.item(), tokens))
+                figures["policy_loss"].append((policy_loss.item(), tokens))
+                figures["entropy"].append((masked_mean(entropy, m).item(), tokens))
+                figures["clip_fraction"].append((masked_mean(clipped.double(), m).item(), tokens))
+                self.accounts["gradient_tokens"] += tokens
+            figures["grad_norm"].append((self.apply_gradients(self.adam), 1))
+        for name, seen in figures.items():
+            values, weights = np.transpose(seen)
+            self.logger.record(f"train/{name}", float(np.average(values, weights=weights)))
+        if "grad_norm" in figures:
+            self.logger.record("train/first_ratio_error", first_ratio_error)
         self.logger.record("train/learning_rate", self.adam.param_groups[0]["lr"])
 
     def returns(self, episodes: Episodes) -> torch.Tensor:

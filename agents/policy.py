@@ -187,6 +187,15 @@ class Policy:
         """The same at the states `hidden` of whole responses, and the tokens drawn there. Shapes: (M, V), (M,). Differentiable."""
         return self.lm.response_logits(hidden, tokens, prompt_length, response_length)
 
+    def passes(self, episodes: Responses, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """The rows of a minibatch, in passes over rows of like length. Shape: (B,) -> several (C,).
+
+        A loss that is a sum over rows can be differentiated pass by pass: gradients add up, and memory holds one pass.
+        """
+        lengths = episodes.prompt_length[rows] + episodes.response_length[rows]
+        for i in length_buckets(lengths, self.tokens_per_pass or tokens_per_pass(self.lm.device)):
+            yield rows[i]
+
     def evaluate(
         self, episodes: Responses, rows: NDArray[np.int64], entropy_gradient: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -111,35 +111,42 @@ class RLOO(LanguageModelAgent):
             advantages = normalize(advantages)
         ref_log_probs = self.reference_log_probs(episodes) if self.kl_placement == "loss" else None
 
-        figures: dict[str, list[float]] = defaultdict(list)
-        figures["informative_groups"].append((returns.amax(dim=1) > returns.amin(dim=1)).double().mean().item())
+        figures: dict[str, list[tuple[float, int]]] = defaultdict(list)  # means, and of how many
+        figures["informative_groups"].append(((returns.amax(dim=1) > returns.amin(dim=1)).double().mean().item(), 1))
+        first_ratio_error = 0.0
         for rows in self.minibatches(len(episodes)):
-            log_probs, entropy, _ = self.policy.evaluate(episodes, rows)
-            part = slice(0, log_probs.shape[1])  # as wide as the longest response of the minibatch
-            m, old, adv = mask[rows, part], old_log_probs[rows, part], advantages[rows]
+            for part in self.policy.passes(episodes, rows):
+                log_probs, entropy, _ = self.policy.evaluate(episodes, part)
+                width = slice(0, log_probs.shape[1])  # as wide as the longest response of the pass
+                m, old, adv = mask[part, width], old_log_probs[part, width], advantages[part]
+                count, tokens = len(part), int(m.sum())
 
-            log_ratio = log_probs - old
-            ratio = torch.exp(log_ratio.sum(dim=1))
-            policy_loss = clipped_sequence_loss(ratio, adv, cfg.clip_range)
-            loss = policy_loss
-            if ref_log_probs is not None:
-                kl_loss = kl_terms((log_probs - ref_log_probs[rows, part]).sum(dim=1), ratio, cfg.kl_estimator).mean()
-                loss = loss + self.lanes.kl.beta * kl_loss
-                figures["kl_loss"].append(kl_loss.item())
-            loss.backward()
-            if "first_ratio_error" not in figures:
-                figures["first_ratio_error"].append((log_ratio.exp() - 1).abs().max().item())
-            kept = m & (log_ratio > -torch.inf)  # a token that has left the top-k or top-p set has ratio 0
-            approx_kl = masked_mean(torch.where(kept, log_ratio.exp() - 1 - log_ratio, 0.0), kept)
-            figures["approx_kl"].append(approx_kl.item())
-            figures["grad_norm"].append(self.apply_gradients(self.adam))
-            self.accounts["gradient_tokens"] += int(episodes.response_length[rows].sum())
-            figures["policy_loss"].append(policy_loss.item())
-            figures["entropy"].append(masked_mean(entropy, m).item())
-            if cfg.clip_range is not None:
-                figures["clip_fraction"].append(((ratio - 1).abs() > cfg.clip_range).double().mean().item())
-        for name, values_seen in figures.items():
-            self.logger.record(f"train/{name}", float(np.mean(values_seen)))
+                log_ratio = log_probs - old
+                ratio = torch.exp(log_ratio.sum(dim=1))
+                policy_loss = clipped_sequence_loss(ratio, adv, cfg.clip_range)
+                loss = policy_loss
+                if ref_log_probs is not None:
+                    log_ref_ratio = (log_probs - ref_log_probs[part, width]).sum(dim=1)
+                    kl_loss = kl_terms(log_ref_ratio, ratio, cfg.kl_estimator).mean()
+                    loss = loss + self.lanes.kl.beta * kl_loss
+                    figures["kl_loss"].append((kl_loss.item(), count))
+                (loss * (count / len(rows))).backward()  # the mean over the minibatch, part by part
+                if "grad_norm" not in figures:
+                    first_ratio_error = max(first_ratio_error, (log_ratio.exp() - 1).abs().max().item())
+                kept = m & (log_ratio > -torch.inf)  # a token that has left the top-k or top-p set has ratio 0
+                approx_kl = masked_mean(torch.where(kept, log_ratio.exp() - 1 - log_ratio, 0.0), kept)
+                figures["approx_kl"].append((approx_kl.item(), tokens))
+                figures["policy_loss"].append((policy_loss.item(), count))
+                figures["entropy"].append((masked_mean(entropy, m).item(), tokens))
+                if cfg.clip_range is not None:
+                    clipped = (ratio - 1).abs() > cfg.clip_range
+                    figures["clip_fraction"].append((clipped.double().mean().item(), count))
+                self.accounts["gradient_tokens"] += tokens
+            figures["grad_norm"].append((self.apply_gradients(self.adam), 1))
+        for name, seen in figures.items():
+            values, weights = np.transpose(seen)
+            self.logger.record(f"train/{name}", float(np.average(values, weights=weights)))
+        self.logger.record("train/first_ratio_error", first_ratio_error)
         self.logger.record("train/learning_rate", self.adam.param_groups[0]["lr"])
 
     def minibatches(self, size: int) -> list[np.ndarray]:

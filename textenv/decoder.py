@@ -118,7 +118,7 @@ class Decoder:
                 _Layer(
                     _joined(replace(layer.qkv, linears=[_merged(part) for part in layer.qkv.linears])),
                     _merged(layer.attention_out),
-                    _joined(replace(layer.up, linears=[_merged(part) for part in layer.up.linears])),
+                    _joined(replace(layer.up, linears=[_by_output(_merged(part)) for part in layer.up.linears])),
                     _merged(layer.down),
                 )
                 for layer in self.layers
@@ -581,11 +581,9 @@ def _linear(x: Tensor, linear: _Linear) -> Tensor:
     if linear.adapted is not None:
         return linear.adapted(x)
     weight, bias = linear.parameters["weight"], linear.parameters["bias"]
-    if len(x) <= FEW_ROWS and x.device.type == "cpu" and not torch.is_grad_enabled():
-        by_output = weight.t() if linear.transposed else weight
-        if len(by_output) >= WIDE * x.shape[1]:
-            out = torch.mm(by_output, x.t()) if bias is None else torch.addmm(bias[:, None], by_output, x.t())
-            return out.t()
+    few = len(x) <= FEW_ROWS and x.device.type == "cpu" and not torch.is_grad_enabled()
+    if few and not linear.transposed and len(weight) >= WIDE * x.shape[1]:
+        return (torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())).t()
     if linear.transposed:
         return torch.addmm(bias, x, weight)
     return F.linear(x, weight, bias)
@@ -605,6 +603,16 @@ def _is_lora(module: Any) -> bool:
         type(module).__module__ == "peft.tuners.lora.layer"
         and type(module).__name__ == "Linear"
         and not (module.merged or module.disable_adapters or module.lora_variant or any(module.lora_bias.values()))
+    )
+
+
+def _by_output(linear: _Linear) -> _Linear:
+    """With one row of the weight for each output, in a copy where it has been one for each input."""
+    parameters = linear.parameters
+    if not linear.transposed:
+        return linear
+    return _Linear(
+        {"weight": parameters["weight"].t().contiguous(), "bias": parameters["bias"]}, adapted=linear.adapted
     )
 
 

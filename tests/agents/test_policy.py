@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents import PPO
+from agents import GRPO, PPO, RLOO
 from agents.policy import Critic, unpack
 from agents.rollout import collect
 
@@ -79,6 +79,44 @@ def test_passes_that_are_computed_twice_give_the_same_values_and_gradients(make_
     assert sorted(passes[len(half) :]) == sorted(half)
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+SUMS = {
+    "RLOO": (RLOO, {}),
+    "RLOO, KL in the loss": (RLOO, {"kl_placement": "loss"}),
+    "GRPO: completions weigh alike": (GRPO, {"variant": "grpo"}),
+    "GRPO: tokens weigh alike": (GRPO, {"variant": "dapo", "kl_placement": "loss", "dynamic_sampling": False}),
+    "GRPO: a fixed divisor": (GRPO, {"variant": "dr_grpo"}),
+}
+
+
+@pytest.mark.parametrize(("kind", "settings"), SUMS.values(), ids=SUMS)
+def test_gradients_of_passes_add_up_to_the_minibatchs(make_envs, kind, settings):
+    def outcome(tokens_per_pass):
+        agent = kind(
+            make_envs(group_size=4), seed=0, minibatch_episodes=12, tokens_per_pass=tokens_per_pass, **settings
+        )
+        episodes, gradients, passes = collect(agent.env, agent.policy, 12, agent.rng), [], []
+        apply, evaluate = agent.apply_gradients, agent.policy.evaluate
+
+        def watched(adam):
+            gradients.extend(p.grad.clone() for p in agent.policy.parameters())
+            return apply(adam)
+
+        agent.apply_gradients = watched
+        agent.policy.evaluate = lambda episodes, rows: passes.append(len(rows)) or evaluate(episodes, rows)
+        agent.update(episodes)
+        return passes, gradients, agent.accounts["gradient_tokens"], dict(agent.logger.name_to_value)
+
+    (whole, expected, tokens, figures), (passes, ours, same_tokens, others) = outcome(None), outcome(20)
+    assert whole == [12]
+    assert len(passes) > 2
+    assert sum(passes) == 12
+    assert same_tokens == tokens
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    for name in ("train/entropy", "train/grad_norm", "train/informative_groups"):
+        assert others[name] == pytest.approx(figures[name], rel=1e-4)
 
 
 def test_entropy_under_a_mask_has_a_finite_gradient(make_envs):
