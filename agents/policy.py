@@ -192,8 +192,10 @@ class Policy:
 
         A loss that is a sum over rows can be differentiated pass by pass: gradients add up, and memory holds one pass.
         """
+        rows = np.sort(rows)  # of one length, completions of a prompt stay together
         lengths = episodes.prompt_length[rows] + episodes.response_length[rows]
-        for i in length_buckets(lengths, self.tokens_per_pass or tokens_per_pass(self.lm.device)):
+        tokens = self.tokens_per_pass or tokens_per_pass(self.lm.device, self.lm.vocab_size)
+        for i in length_buckets(lengths, tokens):
             yield rows[i]
 
     def evaluate(

@@ -45,9 +45,18 @@ TOKENS_PER_PASS = 2_048
 """Tokens of one teacher-forced pass on a CPU, padding included: bounds memory, and keeps rows of like length together."""
 
 
-def tokens_per_pass(device: torch.device) -> int:
-    """The same, on any device. Elsewhere a short pass is mostly launches, so there are eight times as many tokens (not measured)."""
-    return TOKENS_PER_PASS * (1 if device.type == "cpu" else 8)
+LOGITS_PER_PASS = 1 << 25
+"""Logits of one pass whose gradient is taken before the next one begins: 128 MiB in float32."""
+
+
+def tokens_per_pass(device: torch.device, vocab_size: int = 1) -> int:
+    """The same, on any device. Elsewhere a short pass is mostly launches, so there are eight times as many tokens (not measured).
+
+    Args:
+        device: Of the weights.
+        vocab_size: V, where the logits of all tokens are held for their gradient: large vocabularies take fewer tokens.
+    """
+    return max(1, min(TOKENS_PER_PASS, LOGITS_PER_PASS // vocab_size)) * (1 if device.type == "cpu" else 8)
 
 
 class LanguageModel:
