@@ -32,7 +32,7 @@ def gae(
     Args:
         rewards: Paid for the t-th token. Shape: (B, T).
         values: V of the state *before* the t-th token. Shape: (B, T).
-        mask: Shape: (B, T).
+        mask: True from a row's first token to its last, without holes. Bool, shape: (B, T).
         gamma: Discount. 1 for language: the closed form of the optimum needs it.
         lam: 1 gives the return minus V; 0 the one-step error.
         bootstrap: V of the state after the last token where a wrapper has cut the episode. 0 where it ended. Shape: (B,).
@@ -47,7 +47,7 @@ def gae(
     while reach < mask.shape[1]:
         advantages = advantages + weight * F.pad(advantages[:, reach:], (0, reach))
         weight, reach = weight**2, 2 * reach
-    return advantages * mask, (advantages + values) * mask
+    return advantages, (advantages + values) * mask
 
 
 def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -197,12 +197,13 @@ class GRPO(LanguageModelAgent):
         first_ratio_error = 0.0
         for rows in self.minibatches(kept_rows):
             all_tokens = int(episodes.response_length[rows].sum())
+            self.adam.zero_grad(set_to_none=True)  # of a minibatch that was interrupted
             for part in self.policy.passes(episodes, rows):
                 log_probs, entropy, _ = self.policy.evaluate(episodes, part)
                 width = slice(0, log_probs.shape[1])  # as wide as the longest response of the pass
                 m, old, adv = mask[part, width], old_log_probs[part, width], advantages[part, None]
-                tokens = int(m.sum())
-                share = tokens / all_tokens if cfg.loss_aggregation == "token" else len(part) / len(rows)
+                tokens = int(episodes.response_length[part].sum())
+                weight, total = (tokens, all_tokens) if cfg.loss_aggregation == "token" else (len(part), len(rows))
 
                 log_ratio = log_probs - old
                 if cfg.ratio_of == "sequence":
@@ -217,15 +218,15 @@ class GRPO(LanguageModelAgent):
                     kl_losses = kl_terms(log_ref_ratio, torch.exp(log_ratio), cfg.kl_estimator)
                     kl_loss = aggregate(kl_losses, m, cfg.loss_aggregation, mask.shape[1])
                     loss = loss + self.lanes.kl.beta * kl_loss
-                    figures["kl_loss"].append((kl_loss.item(), tokens))
-                (loss * share).backward()  # the mean over the minibatch, part by part
+                    figures["kl_loss"].append((kl_loss.item(), weight))
+                (loss * (weight / total)).backward()  # the mean over the minibatch, part by part
                 if "grad_norm" not in figures:
                     first_ratio_error = max(first_ratio_error, (log_ratio.exp() - 1).abs().max().item())
                 kept = m & (log_ratio > -torch.inf)  # a token that has left the top-k or top-p set has ratio 0
                 approx_kl = masked_mean(torch.where(kept, log_ratio.exp() - 1 - log_ratio, 0.0), kept)
                 clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-                figures["approx_kl"].append((approx_kl.item(), tokens))
-                figures["policy_loss"].append((policy_loss.item(), tokens))
+                figures["approx_kl"].append((approx_kl.item(), max(1, int(kept.sum()))))
+                figures["policy_loss"].append((policy_loss.item(), weight))
                 figures["entropy"].append((masked_mean(entropy, m).item(), tokens))
                 figures["clip_fraction"].append((masked_mean(clipped.double(), m).item(), tokens))
                 self.accounts["gradient_tokens"] += tokens

@@ -115,11 +115,12 @@ class RLOO(LanguageModelAgent):
         figures["informative_groups"].append(((returns.amax(dim=1) > returns.amin(dim=1)).double().mean().item(), 1))
         first_ratio_error = 0.0
         for rows in self.minibatches(len(episodes)):
+            self.adam.zero_grad(set_to_none=True)  # of a minibatch that was interrupted
             for part in self.policy.passes(episodes, rows):
                 log_probs, entropy, _ = self.policy.evaluate(episodes, part)
                 width = slice(0, log_probs.shape[1])  # as wide as the longest response of the pass
                 m, old, adv = mask[part, width], old_log_probs[part, width], advantages[part]
-                count, tokens = len(part), int(m.sum())
+                count, tokens = len(part), int(episodes.response_length[part].sum())
 
                 log_ratio = log_probs - old
                 ratio = torch.exp(log_ratio.sum(dim=1))
@@ -135,7 +136,7 @@ class RLOO(LanguageModelAgent):
                     first_ratio_error = max(first_ratio_error, (log_ratio.exp() - 1).abs().max().item())
                 kept = m & (log_ratio > -torch.inf)  # a token that has left the top-k or top-p set has ratio 0
                 approx_kl = masked_mean(torch.where(kept, log_ratio.exp() - 1 - log_ratio, 0.0), kept)
-                figures["approx_kl"].append((approx_kl.item(), tokens))
+                figures["approx_kl"].append((approx_kl.item(), max(1, int(kept.sum()))))
                 figures["policy_loss"].append((policy_loss.item(), count))
                 figures["entropy"].append((masked_mean(entropy, m).item(), tokens))
                 if cfg.clip_range is not None:

@@ -41,7 +41,7 @@ class _Linear(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _NormedLinears:
     """Linear layers side by side that read what a norm makes of the residual stream."""
 
     norm: _Linear
@@ -51,9 +51,9 @@ class _Reader:
 
 
 class _Layer(NamedTuple):
-    qkv: _Reader
+    qkv: _NormedLinears
     attention_out: _Linear
-    up: _Reader
+    up: _NormedLinears
     """Of a gated MLP: the gate, then what passes it."""
     down: _Linear
 
@@ -86,6 +86,7 @@ class Decoder:
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         _READERS[kind](self, trunk)
+        # sqrt(d eps), which keeps an RMS norm from dividing by 0
         self.floor = torch.tensor((config.hidden_size * self.eps) ** 0.5).to(self.weights)
         self._home = self.weights.device, self.weights.dtype
         if not self._intact(trunk):
@@ -169,12 +170,12 @@ class Decoder:
             heads = self.rotation[positions].expand(-1, self.heads + self.kv_heads, -1)
             rotation = torch.cat([heads, torch.ones_like(heads[:, : self.kv_heads])], dim=1)
         for i, layer in enumerate(self.layers):
-            qkv = _for_attention(self._read(x, layer.qkv)).contiguous().view(len(x), -1, self.head_size)
+            qkv = _for_attention(self._apply(x, layer.qkv)).contiguous().view(len(x), -1, self.head_size)
             if rotation is not None:
                 pairs = torch.view_as_complex(qkv.float().view(*rotation.shape, 2))
                 qkv = torch.view_as_real(pairs * rotation).view(qkv.shape).to(qkv.dtype)
             x = _linear_and_add(attend(i, qkv).to(x.dtype), layer.attention_out, x)
-            up = self._read(x, layer.up)
+            up = self._apply(x, layer.up)
             if self.gated:
                 gate, up = up.chunk(2, dim=-1)
                 up = self.activation(gate) * up
@@ -183,20 +184,21 @@ class Decoder:
             x = _linear_and_add(up, layer.down, x)
         return self._normed(x, self.norm)
 
-    def _read(self, x: Tensor, reader: _Reader) -> Tensor:
+    def _apply(self, x: Tensor, layers: _NormedLinears) -> Tensor:
         """Shape: (M, d) -> (M, outputs)."""
-        reader = _joined(reader)
-        x = self._normed(x, reader.norm)
-        if len(reader.linears) == 1:
-            return _linear(x, reader.linears[0])
-        out = torch.cat([_linear(x, part) for part in reader.linears], dim=-1)
-        return out if reader.order is None else out.index_select(1, reader.order)
+        if len(x) >= JOIN_FROM * x.shape[1]:
+            layers = _joined(layers)
+        x = self._normed(x, layers.norm)
+        if len(layers.linears) == 1:
+            return _linear(x, layers.linears[0])
+        out = torch.cat([_linear(x, part) for part in layers.linears], dim=-1)
+        return out if layers.order is None else out.index_select(1, layers.order)
 
     def _normed(self, x: Tensor, norm: _Linear) -> Tensor:
         weight = norm.parameters["weight"]
         if "bias" in norm.parameters:
             return torch.layer_norm(x, x.shape[-1:], weight, norm.parameters["bias"], self.eps)
-        if x.dtype != torch.float32:
+        if weight is not None and x.dtype != torch.float32:
             return torch.rms_norm(x, x.shape[-1:], weight, self.eps)
         unit = x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)  # rms_norm: six kernels
         return unit if weight is None else unit * (weight * x.shape[-1] ** 0.5)
@@ -218,7 +220,7 @@ class Decoder:
         return True
 
     def packed(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
-        """Last hidden states of right-padded rows. Padding costs nothing, and where rows begin alike, their beginning is computed once.
+        """Last hidden states of right-padded rows. Padding costs nothing; what rows have in common at their beginning is computed once where that pays.
 
         Args:
             tokens: Shape: (B, L).
@@ -284,7 +286,7 @@ class Slots:
     """
 
     BLOCK = 16
-    """Tokens by which the store grows."""
+    """Tokens by which the store grows; four times as many where steps are recorded."""
 
     def __init__(self, decoder: Decoder, lanes: int, limit: int) -> None:
         self.decoder, self.limit = decoder, limit
@@ -435,7 +437,7 @@ class _Graph:
     def __init__(self, decoder: Decoder, attention: _SlotAttention, ids: Tensor, places: Tensor) -> None:
         attention.mask = attention.mask.contiguous()  # heads that share keys may share its memory
         self.own = attention.target, attention.mask, ids, places
-        self.replay, self.states = _recorded(lambda: decoder(ids, places, attention))
+        self.replay, self.states = _recorded(lambda: decoder(ids, places, attention), ids.device)
 
     def __call__(self, attention: _SlotAttention, ids: Tensor, places: Tensor) -> Tensor:
         """As the decoder's own pass. Shapes: (B,), (B,) -> (B, d)."""
@@ -445,20 +447,21 @@ class _Graph:
         return self.states.clone()
 
 
-def _recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def _recorded(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """A CUDA graph of `run`: what repeats it, and where its result stands then.
 
     `run` is called beforehand on another stream, as https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs asks for.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        states = run()
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):  # its own default belongs to the device of the first graph
+            states = run()
     return graph.replay, states
 
 
@@ -520,15 +523,16 @@ def _cells(lengths: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.in
 
 
 def _beginnings(tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """The same, where rows that begin alike show the same tokens (the prompt of a group). Shapes: (B, L), (B,) -> (B, T) each."""
-    inside, number = _cells(lengths)
-    rows = tokens[:, : inside.shape[1]]
+    """The same, where rows that begin alike show the same tokens (the prompt of a group). Shapes: (B, L), (B,) -> (B, T) each.
+
+    Each row is compared with the one before it in sorted order. (Padding is sorted with the rest; it never makes tokens alike.)
+    """
+    home, number = _cells(lengths)
+    rows = tokens[:, : home.shape[1]]
     order = sorted(range(len(rows)), key=[row.tobytes() for row in rows].__getitem__)  # neighbours begin alike
-    rows, inside = rows[order], inside[order]
+    rows, inside = rows[order], home[order]
     alike = np.zeros(inside.shape, bool)  # as in the row before, up to here
     alike[1:] = np.logical_and.accumulate((rows[1:] == rows[:-1]) & inside[1:] & inside[:-1], axis=1)
-    home = np.empty_like(inside)
-    home[order] = inside
     if alike.sum() < WORTH_SHARING * inside.sum():
         return home, number
     home[order] &= ~alike
@@ -608,12 +612,10 @@ def _is_lora(module: Any) -> bool:
 
 def _by_output(linear: _Linear) -> _Linear:
     """With one row of the weight for each output, in a copy where it has been one for each input."""
-    parameters = linear.parameters
     if not linear.transposed:
         return linear
-    return _Linear(
-        {"weight": parameters["weight"].t().contiguous(), "bias": parameters["bias"]}, adapted=linear.adapted
-    )
+    parameters = linear.parameters
+    return _Linear({"weight": parameters["weight"].t().contiguous(), "bias": parameters["bias"]})
 
 
 def _merged(linear: _Linear) -> _Linear:
@@ -628,25 +630,29 @@ def _merged(linear: _Linear) -> _Linear:
     return _Linear({"weight": weight, "bias": linear.parameters["bias"]}, linear.transposed)
 
 
-def _joined(reader: _Reader) -> _Reader:
-    """The same with one matrix, in order, and an RMS norm's weights in it: to copy (3 d, d) weights is cheap, (M, 3 d) states are not.
+JOIN_FROM = 2
+"""Where a pass has so many times as many tokens as features, copying (3 d, d) weights costs less than (M, 3 d) states (d of 128 and 288)."""
+
+
+def _joined(layers: _NormedLinears) -> _NormedLinears:
+    """The same with one matrix, in order, and an RMS norm's weights in it.
 
     Adapters stay as they are. Norms are joined in float32 only, for half precision would be rounded twice; sqrt(d), which is
     left of the norm's mean over features, is in the matrix too.
     """
-    norm, linears, order = reader.norm, reader.linears, reader.order
+    norm, linears, order = layers.norm, layers.linears, layers.order
     scale = norm.parameters["weight"] if "bias" not in norm.parameters else None
     if scale is not None and scale.dtype != torch.float32:
         scale = None
     if any(part.adapted for part in linears) or (len(linears) == 1 and order is None and scale is None):
-        return reader
+        return layers
     weight = torch.cat([part.parameters["weight"] for part in linears])
     bias = None if linears[0].parameters["bias"] is None else torch.cat([part.parameters["bias"] for part in linears])
     if order is not None:
         weight, bias = weight.index_select(0, order), bias if bias is None else bias.index_select(0, order)
     if scale is not None:
         weight, norm = weight * (scale * len(scale) ** 0.5), _Linear({"weight": None})
-    return _Reader(norm, [_Linear({"weight": weight, "bias": bias})])
+    return _NormedLinears(norm, [_Linear({"weight": weight, "bias": bias})])
 
 
 # ---------------------------------------------------------------------- reading a trunk
@@ -665,13 +671,13 @@ def _read_llama(decoder: Decoder, trunk: Any) -> None:
     order = torch.cat([pairs, places[rotated:]]).flatten()
     decoder.layers = [
         _Layer(
-            qkv=_Reader(
+            qkv=_NormedLinears(
                 decoder.part(layer, "input_layernorm"),
                 [decoder.part(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")],
                 order,
             ),
             attention_out=decoder.part(layer.self_attn, "o_proj"),
-            up=_Reader(
+            up=_NormedLinears(
                 decoder.part(layer, "post_attention_layernorm"),
                 [decoder.part(layer.mlp, name) for name in ("gate_proj", "up_proj")],
             ),
@@ -700,9 +706,9 @@ def _read_gpt2(decoder: Decoder, trunk: Any) -> None:
     decoder.embedding, decoder.norm = decoder.part(trunk, "wte"), decoder.part(trunk, "ln_f")
     decoder.layers = [
         _Layer(
-            qkv=_Reader(decoder.part(layer, "ln_1"), [decoder.part(layer.attn, "c_attn")]),
+            qkv=_NormedLinears(decoder.part(layer, "ln_1"), [decoder.part(layer.attn, "c_attn")]),
             attention_out=decoder.part(layer.attn, "c_proj"),
-            up=_Reader(decoder.part(layer, "ln_2"), [decoder.part(layer.mlp, "c_fc")]),
+            up=_NormedLinears(decoder.part(layer, "ln_2"), [decoder.part(layer.mlp, "c_fc")]),
             down=decoder.part(layer.mlp, "c_proj"),
         )
         for layer in trunk.h

@@ -42,21 +42,23 @@ LOGITS_PER_CHUNK = 1 << 23
 """Logits that are computed at a time where they are used up at once."""
 
 TOKENS_PER_PASS = 2_048
-"""Tokens of one teacher-forced pass on a CPU, padding included: bounds memory, and keeps rows of like length together."""
+"""Tokens of one teacher-forced pass on a CPU, padding included: bounds memory, and keeps rows of like length together.
 
+Elsewhere a short pass is mostly launches, so there are eight times as many (not measured)."""
 
 LOGITS_PER_PASS = 1 << 25
-"""Logits of one pass whose gradient is taken before the next one begins: 128 MiB in float32."""
+"""Logits of one pass whose gradient is taken before the next one begins: 128 MiB."""
 
 
 def tokens_per_pass(device: torch.device, vocab_size: int = 1) -> int:
-    """The same, on any device. Elsewhere a short pass is mostly launches, so there are eight times as many tokens (not measured).
+    """Tokens of one teacher-forced pass on this device.
 
     Args:
         device: Of the weights.
         vocab_size: V, where the logits of all tokens are held for their gradient: large vocabularies take fewer tokens.
     """
-    return max(1, min(TOKENS_PER_PASS, LOGITS_PER_PASS // vocab_size)) * (1 if device.type == "cpu" else 8)
+    tokens = TOKENS_PER_PASS * (1 if device.type == "cpu" else 8)
+    return max(1, min(tokens, LOGITS_PER_PASS // vocab_size))
 
 
 class LanguageModel:
@@ -348,8 +350,9 @@ class LanguageModel:
 
         half = max(1, length // 2)
         stages = [
-            observe(half, 1, max(1, length - 1)),  # ragged prefill
-            observe(min(half + 1, length), min(2, length), length),  # decode one token
+            observe(half, 1, max(1, length - 2)),  # ragged prefill
+            observe(min(half + 1, length), min(2, length), max(1, length - 1)),  # decode one token (recorded on a GPU)
+            observe(min(half + 2, length), min(3, length), length),  # and one more (repeated)
             observe(length, 1, length),  # grow by several, restart, stay
         ]
         try:

@@ -72,7 +72,11 @@ def test_a_kl_of_exactly_zero_at_the_start(make_envs):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=["LoRA", "DoRA", "dropout"])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"target_modules": r".*\.(q_proj|v_proj|c_attn)"}, {"use_dora": True}, {"lora_dropout": 0.5}],
+    ids=["LoRA", "LoRA on some", "DoRA", "dropout"],
+)
 def test_drawn_and_scored_as_by_the_plain_forward_pass(make_envs, kind, config):
     """Decoding has adapters merged into its weights, an update has not. DoRA goes through `transformers`."""
     agent = PPO(make_envs(model=build_model(kind)), seed=0, peft_config=lora(**config))

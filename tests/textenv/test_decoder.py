@@ -61,11 +61,13 @@ BEGINNINGS = {  # row -> (the row whose beginning it has, tokens of it)
 }
 
 
+@pytest.mark.parametrize("join", [0, 99], ids=["joined", "side by side"])
 @pytest.mark.parametrize("short", [0, 64], ids=["sdpa", "products"])
 @pytest.mark.parametrize("beginnings", BEGINNINGS.values(), ids=BEGINNINGS)
 def test_whole_rows_and_their_gradients_are_those_of_the_plain_model(
-    known: Any, beginnings: dict[int, tuple[int, int]], short: int, monkeypatch: pytest.MonkeyPatch
+    known: Any, beginnings: dict[int, tuple[int, int]], short: int, join: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("textenv.decoder.JOIN_FROM", join)
     monkeypatch.setattr(Rows, "SHORT", short)
     decoder = Decoder.of(known.base_model)
     assert decoder is not None
@@ -86,8 +88,12 @@ def test_whole_rows_and_their_gradients_are_those_of_the_plain_model(
         torch.testing.assert_close(p.grad, q.grad, atol=1e-3, rtol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("wide", [1, 99], ids=["by outputs", "by rows"])
 @torch.no_grad()
-def test_lanes_that_begin_grow_and_share_a_prompt_in_one_pass(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_that_begin_grow_and_share_a_prompt_in_one_pass(
+    known: Any, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("textenv.decoder.WIDE", wide)
     monkeypatch.setattr(Slots, "BLOCK", 4)  # so that the store grows on the way: 8 wide, then 12
     decoder = Decoder.of(known.base_model)
     assert decoder is not None
@@ -114,7 +120,7 @@ def test_a_recorded_step_is_repeated_with_the_tokens_that_come_next(
     """What a GPU does with CUDA graphs, with a recording that any machine can repeat."""
     widths = []
 
-    def recorded(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+    def recorded(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[Callable[[], object], torch.Tensor]:
         states = run().clone()
         widths.append(slots.width)
         return lambda: states.copy_(run()), states
