@@ -31,7 +31,7 @@ class AgentConfig:
     """Sample from the smallest set of tokens of this probability (scored and trained under the same truncation)."""
     tokens_per_pass: int | None = None
     """An update over more tokens (prompts and padding counted) than this runs in several passes. RLOO and GRPO add up the passes' gradients
-    (None: passes of at most 2,048 tokens and 32M logits). Others compute each pass a second time for its gradient (activation
+    (None: at most 32M logits and, on a CPU, 2,048 tokens). Others compute each pass a second time for its gradient (activation
     checkpointing: a third more work); None holds the minibatch whole."""
     rollout_dtype: Literal["bfloat16"] | None = None
     """Draw tokens from a copy of the policy in bfloat16, where the processor computes faster in it; what is trained stays in
