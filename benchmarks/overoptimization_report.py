@@ -140,7 +140,7 @@ def draw(rows: Mapping[str, Mapping[str, Any]], plan: Plan, path: Path) -> None:
             ppo.plot(d, gold, color=colour, lw=1, marker=".", ms=3.5, label="" if seed else proxy.name)
             ppo.plot(d, promised, color=colour, lw=0.8, ls=(0, (4, 2)))
         fitted = Form(runs["fit"]["a"], runs["fit"]["b"])
-        x = np.linspace(0, np.sqrt(runs["kl"].max()), 100)
+        x = np.linspace(0, np.sqrt(max(0.0, runs["kl"].max())), 100)  # estimates, which may be negative
         ppo.plot(x, runs["gold"][:, 0].mean() + fitted(x, rl_form), color=colour, lw=4, alpha=0.25)
     ppo.set_title(f"PPO without a KL penalty, {plan.seeds} seeds; thick: d (a - b log d)", fontsize=10.5)
     for axis in axes.flat:

@@ -377,12 +377,13 @@ def test_a_ragged_batch():
         Batch(["p"], ["c"], [[1]], {"answer": []})
 
 
-def test_a_reward_that_sleeps_is_named_while_one_waits(monkeypatch, caplog):
+def test_a_reward_that_sleeps_is_named_while_one_waits(monkeypatch):
     monkeypatch.setattr(waiting, "PATIENCE", 0.02)
-    named = threading.Event()
+    named, messages = threading.Event(), []
 
     class Handler(logging.Handler):
         def emit(self, record):
+            messages.append(record.getMessage())
             named.set()
 
     handler = Handler()
@@ -396,7 +397,7 @@ def test_a_reward_that_sleeps_is_named_while_one_waits(monkeypatch, caplog):
         assert bind(sleeper, [])(BATCH).total.tolist() == [1, 2, 3]  # it is waited for all the same
     finally:
         logging.getLogger("rewards").removeHandler(handler)
-    message = caplog.messages[0]
+    message = messages[0]
     assert re.match(
         r"reward 'sleeper' has not returned after \d+ s, on a batch of 3 that starts with completion 'a'", message
     )
