@@ -248,6 +248,9 @@ class Rows:
         number: See `_Grid`. Shape: (B, T).
     """
 
+    SHORT = 64
+    """Rows of so many tokens and less are faster by plain products than by `scaled_dot_product_attention`."""
+
     def __init__(self, decoder: Decoder, home: NDArray[np.bool_], number: NDArray[np.int64]) -> None:
         self.heads, self.kv_heads = decoder.heads, decoder.kv_heads
         device, length = decoder.weights.device, home.shape[1]
@@ -256,9 +259,6 @@ class Rows:
         if device.type == "cpu" and length <= self.SHORT:
             later = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
             self.mask = later.repeat_interleave(self.heads // self.kv_heads, dim=0)
-
-    SHORT = 64
-    """Rows of so many tokens and less are faster by plain products than by `scaled_dot_product_attention`."""
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """See `Attend`."""
@@ -522,6 +522,10 @@ def _cells(lengths: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.in
     return home, number
 
 
+WORTH_SHARING = 0.05
+"""Share of tokens from which on it pays to look up those that rows have in common."""
+
+
 def _beginnings(tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """The same, where rows that begin alike show the same tokens (the prompt of a group). Shapes: (B, L), (B,) -> (B, T) each.
 
@@ -541,10 +545,6 @@ def _beginnings(tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[
     first = np.maximum.accumulate(np.where(alike, 0, np.arange(len(order))[:, None]), axis=0)
     number[order] = np.take_along_axis(number[order], first, axis=0)
     return home, number
-
-
-WORTH_SHARING = 0.05
-"""Share of tokens from which on it pays to look up those that rows have in common."""
 
 
 def _for_attention(x: Tensor) -> Tensor:
