@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from textenv.decoder import Decoder, Slots
+from textenv.attention import Slots
+from textenv.decoder import Decoder
 from textenv.sampling import Behaviour, log_prob
 
 _PROBED: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary()
@@ -404,7 +405,7 @@ class _Slots:
     def __init__(self, model: PreTrainedModel, lanes: int, width: int) -> None:
         self.tokens = np.full((lanes, width), -1, np.int64)
         self.length = np.zeros(lanes, np.int64)  # tokens whose keys and values are written
-        self.row = np.arange(lanes)  # lane -> its row of the key/value tensors
+        self.lane = np.arange(lanes)  # row of the key/value tensors -> its lane
         self.logits: torch.Tensor | None = None  # (N, V), after each lane's last token
         self.states: torch.Tensor | None = None  # (N, d), what the logits are read from
         decoder = Decoder.of(model.base_model)
@@ -413,40 +414,39 @@ class _Slots:
     def follow(self, lm: LanguageModel, observations: NDArray[np.int64]) -> None:
         """Bring `logits` up to date with `observations`. Shape: (N, L)."""
         position = np.arange(observations.shape[1])
-        lengths = (observations != lm.vocab_size).sum(axis=1)
+        padding = observations == lm.vocab_size
+        lengths = observations.shape[1] - padding.sum(axis=1)
         prefix = ((self.tokens == observations) | (position >= self.length[:, None])).all(axis=1)
         stale = ~prefix | (self.length != lengths) | (self.length == 0)
         if not stale.any():
             return
         start = np.where(prefix & (self.length < lengths), self.length, 0)
         self.length[stale] = 0  # if the pass below fails, these lanes start over
-        lanes = self._pack(np.flatnonzero(stale))
-        ids = observations[lanes]
-        ids[ids == lm.vocab_size] = 0  # padding; and whatever stands inside an observation that no environment gives
+        lanes = self._pack(stale)
+        ids = np.where(padding, 0, observations)[
+            lanes
+        ]  # padding may stand inside an observation that no environment gives
         states = self.keys.step(ids, start[lanes], lengths[lanes])
-        if len(lanes) == len(self.row):
-            self.states = states[torch.from_numpy(self.row).to(states.device)]
-            self.logits = lm.head(self.states)
+        logits = lm.head(states)
+        if np.array_equal(lanes, np.arange(len(stale))):
+            self.states, self.logits = states.clone(), logits  # what inference mode has made could not be written to
         else:
-            logits = lm.head(states)
             if self.logits is None or self.states is None:
-                self.logits = logits.new_zeros(len(self.row), logits.shape[-1])
-                self.states = states.new_zeros(len(self.row), states.shape[-1])
+                self.logits = logits.new_zeros(len(stale), logits.shape[-1])
+                self.states = states.new_zeros(len(stale), states.shape[-1])
             at = torch.from_numpy(lanes).to(logits.device)
             self.logits[at], self.states[at] = logits, states
-        self.tokens[lanes], self.length[lanes] = observations[lanes], lengths[lanes]
+        self.tokens[stale], self.length[stale] = observations[stale], lengths[stale]
 
-    def _pack(self, lanes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Move the rows of `lanes` to the front, and put the lanes into row order. As lanes fall idle the batch shrinks."""
-        n = len(lanes)
-        misplaced = lanes[self.row[lanes] >= n]
-        if len(misplaced):
-            lane_of = np.argsort(self.row)
-            free = lane_of[:n][~np.isin(lane_of[:n], lanes)]
-            a, b = self.row[misplaced], self.row[free]
-            self.keys.swap(a.tolist(), b.tolist())
-            self.row[misplaced], self.row[free] = b, a
-        return lanes[np.argsort(self.row[lanes])]
+    def _pack(self, stale: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Move the rows of these lanes to the front; the lanes in the order of their rows. As lanes fall idle the batch shrinks. Shape: (N,)."""
+        n = int(stale.sum())
+        behind = n + np.flatnonzero(stale[self.lane[n:]])
+        if len(behind):
+            free = np.flatnonzero(~stale[self.lane[:n]])
+            self.keys.swap(behind.tolist(), free.tolist())
+            self.lane[behind], self.lane[free] = self.lane[free], self.lane[behind]
+        return self.lane[:n].copy()
 
 
 class _PlainSlots:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from textenv import LanguageModel
-from textenv.decoder import Decoder, Rows, Slots
+from textenv.attention import Rows, Slots
+from textenv.decoder import Decoder
 from textenv.lm import trunk_states
 
 from ..tiny import VOCAB, tiny_model
@@ -125,7 +126,7 @@ def test_a_recorded_step_is_repeated_with_the_tokens_that_come_next(
         widths.append(slots.width)
         return lambda: states.copy_(run()), states
 
-    monkeypatch.setattr("textenv.decoder._recorded", recorded)
+    monkeypatch.setattr("textenv.attention._recorded", recorded)
     monkeypatch.setattr(Slots, "BLOCK", 1)  # 4 where steps are recorded
     decoder = Decoder.of(known.base_model)
     assert decoder is not None
@@ -160,9 +161,8 @@ def test_a_prompt_shared_by_a_group_is_computed_once_with_the_same_numbers(monke
     once = alone.next_logits(row)
     monkeypatch.setattr(Decoder, "__call__", watched)
     shared = together.next_logits(row.repeat(4, axis=0))
-    assert seen == [3]
-    assert torch.equal(shared, shared[:1].expand(4, -1))
-    torch.testing.assert_close(shared[:1], once, atol=1e-5, rtol=1e-5)
+    assert seen == [2 + 4]  # the last token of each, and the two before it for all
+    torch.testing.assert_close(shared, once.expand(4, -1), atol=1e-5, rtol=1e-5)
     grown = row.repeat(4, axis=0)
     grown[:, 3] = [6, 7, 8, 9]  # from here on each goes its way
     expected = torch.stack([model.lm_head(plain_states(model, observation[:4])[-1]) for observation in grown])

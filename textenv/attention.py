@@ -1,0 +1,390 @@
+"""Attention among tokens that stand back to back: within rows, and to keys and values that are kept from step to step.
+
+Notation: M tokens, H query heads on K key/value heads of size h, B rows or lanes of at most T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from textenv.decoder import Decoder
+
+LOWEST = torch.finfo(torch.float32).min
+"""Added to the score of what may not be seen."""
+
+
+class Rows:
+    """Causal attention within sequences whose tokens stand back to back.
+
+    Args:
+        decoder: Whose heads.
+        home: See `_Grid`. Shape: (B, T).
+        number: See `_Grid`. Shape: (B, T).
+    """
+
+    SHORT = 64
+    """Rows of so many tokens and less are faster by plain products than by `scaled_dot_product_attention`."""
+    LATER = torch.from_numpy(np.triu(np.full((SHORT, SHORT), LOWEST, np.float32), 1))  # torch's would start threads
+
+    def __init__(self, decoder: Decoder, home: NDArray[np.bool_], number: NDArray[np.int64]) -> None:
+        self.heads, self.kv_heads = decoder.heads, decoder.kv_heads
+        device, length = decoder.weights.device, home.shape[1]
+        self.grid = _Grid(home, number, device)
+        self.mask: Tensor | None = None
+        if device.type == "cpu" and length <= self.SHORT:
+            self.mask = self.LATER[:length, :length]
+            if self.heads > self.kv_heads:  # a row for each head that shares keys
+                self.mask = self.mask.repeat_interleave(self.heads // self.kv_heads, dim=0)
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """See `Attend`."""
+        q, k, v = self.grid.spread(qkv).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if self.mask is not None:
+            out = attention(q, k.flatten(0, 1), v.flatten(0, 1), self.mask)
+        else:
+            grouped = self.heads != self.kv_heads
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=grouped)
+            out = out.transpose(1, 2).flatten(2)
+        return self.grid.gather(out)
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """By two products of matrices.
+
+    Args:
+        q: Shape: (B, Q, H, h).
+        keys: Shape: (B K, T, h).
+        values: Shape: (B K, T, h).
+        mask: Added to the scores; one row for each query and each of the heads that share keys. Shape: (..., Q H/K, T).
+
+    Returns:
+        Shape: (B, Q, H h).
+    """
+    rows, queries, _, size = q.shape
+    heads = len(keys) // rows
+    asked = q.reshape(rows, queries, heads, -1).transpose(1, 2).reshape(len(keys), -1, size)
+    scores = torch.baddbmm(mask, asked, keys.mT, alpha=size**-0.5)
+    out = torch.bmm(scores.softmax(dim=-1), values).view(rows, heads, queries, -1).transpose(1, 2)
+    return out.reshape(rows, queries, -1)
+
+
+# ---------------------------------------------------------------------- keys and values that are kept
+
+
+class Slots:
+    """Keys and values of N lanes for all layers, each lane written at its own position.
+
+    The store is as wide as the longest lane has been, rounded up, and attention reads all of it: one stretch of memory is read 2 to 3
+    times faster than the same with gaps, and costs less than its masked end. A cache that is emptied begins narrow again.
+
+    Args:
+        decoder: Whose layers and heads.
+        lanes: N.
+        limit: L, in tokens.
+    """
+
+    BLOCK = 16
+    """Tokens by which the store grows; four times as many where steps are recorded."""
+
+    def __init__(self, decoder: Decoder, lanes: int, limit: int) -> None:
+        self.decoder, self.limit = decoder, limit
+        self.heads, self.kv_heads = decoder.heads, decoder.kv_heads
+        self.store = for_attention(decoder.weights.new_zeros(0)).new_zeros(
+            len(decoder.layers), 2, lanes, self.kv_heads, 0, decoder.head_size
+        )
+        self.cells: tuple[Tensor, ...] = ()  # by layer, with keys and values of a token side by side: (N, T, 2, K, h)
+        self.replays = self.store.device.type == "cuda"  # whether steps of all lanes by one token are recorded
+        self.steady: _Pass | None = None  # the last one, if each of its rows grew by one token
+        self.graph: _Graph | None = None  # of this width
+
+    @property
+    def width(self) -> int:
+        """Tokens that the store holds now."""
+        return self.store.shape[4]
+
+    def _widen(self, tokens: int) -> None:
+        """Make room for so many tokens."""
+        if tokens > self.width:
+            block = self.BLOCK * (4 if self.replays else 1)  # a recorded step is of one width
+            old, width = self.store, min(self.limit, -(-tokens // block) * block)
+            self.store = old.new_empty(*old.shape[:4], width, old.shape[5])
+            self.store[..., : old.shape[4], :] = old
+            self.store[..., old.shape[4] :, :] = 0.0  # finite, for what is masked is still multiplied by 0
+            self.cells = self.store.permute(0, 2, 4, 1, 3, 5).unbind()
+            self.steady = self.graph = None
+
+    @torch.inference_mode()
+    def swap(self, a: list[int], b: list[int]) -> None:
+        """Exchange rows pairwise."""
+        self.store[:, :, a + b] = self.store[:, :, b + a]
+
+    @torch.inference_mode()
+    def step(self, tokens: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]) -> Tensor:
+        """One pass that writes tokens [start, stop) of the first B rows of the store.
+
+        What rows that begin have in common before their last token (the prompt of a group) is computed once.
+
+        Args:
+            tokens: Shape: (B, L).
+            start: Tokens whose keys and values are there. Shape: (B,).
+            stop: Shape: (B,).
+
+        Returns:
+            Hidden states of the last tokens. Shape: (B, d).
+        """
+        self._widen(int(stop.max()))
+        if self.steady is not None and self.steady.goes_on(start, stop):
+            self.steady.advance()
+            now = self.steady
+        else:
+            now = _Pass(self, tokens, start, stop)
+            self.steady = now if now.steady else None
+        ids = torch.from_numpy(tokens[now.rows, now.columns]).to(self.store.device)
+        if self.replays and self.steady is not None and len(tokens) == self.store.shape[2]:
+            self.graph = self.graph or _Graph(self.decoder, now, ids)
+            return self.graph(now, ids)
+        return self.decoder(ids, now.places, now)[: len(tokens)]
+
+
+class _Pass:
+    """What a step computes: the last token of each row, then the new tokens before it, where there are any.
+
+    A last token looks at what is stored. So do the tokens before it in rows that grow by several; those of rows that begin look at
+    each other.
+
+    Args:
+        slots: The store.
+        tokens: Shape: (B, L).
+        start: Shape: (B,).
+        stop: Shape: (B,).
+
+    Attributes:
+        rows: Of the tokens. Shape: (M,).
+        columns: Of the tokens. Shape: (M,).
+        places: `columns`, on the device. Shape: (M,).
+    """
+
+    def __init__(
+        self, slots: Slots, tokens: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]
+    ) -> None:
+        self.slots, self.stop = slots, stop
+        device, every = slots.store.device, np.arange(len(stop))
+        self.last = _Reading(slots, stop - 1, np.ones_like(stop))
+        self.parts: list[tuple[int, Callable[[int, Tensor], Tensor]]] = [(len(stop), self.last)]
+        self.rows, self.columns = every, stop - 1
+        self.source: Tensor | None = None  # the tokens whose keys and values are written; None: each, to its own place
+        written = self.rows, self.columns
+        before = stop - 1 - start
+        if before.any():
+            begins = (start == 0) & (before > 0)
+            like = every.copy()  # the row that is computed for each
+            first: dict[bytes, int] = {}
+            for i in np.flatnonzero(begins):
+                like[i] = first.setdefault(tokens[i, : before[i]].tobytes(), int(i))
+            growing = np.flatnonzero((start > 0) & (before > 0))
+            fresh, copies = np.flatnonzero(begins & (like == every)), np.flatnonzero(like != every)
+            if len(growing):
+                reading = _Reading(slots, start, np.where(start > 0, before, 0))
+                self.parts.append((int(before[growing].sum()), reading))
+            if len(fresh):
+                self.parts.append((int(before[fresh].sum()), Rows(slots.decoder, *cells(before[fresh]))))
+            computed = np.concatenate([growing, fresh])
+            rows, columns = _ranges(computed, start[computed], stop[computed] - 1)
+            written = self.rows, self.columns = np.concatenate([every, rows]), np.concatenate([stop - 1, columns])
+            if len(copies):
+                begin = np.zeros_like(stop)
+                begin[computed] = len(stop) + np.cumsum(before[computed]) - before[computed]
+                rows, columns = _ranges(copies, start[copies], stop[copies] - 1)
+                source = np.concatenate([np.arange(len(self.rows)), begin[like[rows]] + columns])
+                self.source = torch.from_numpy(source).to(device)
+                written = np.concatenate([self.rows, rows]), np.concatenate([self.columns, columns])
+        self.places = torch.from_numpy(self.columns.copy()).to(device)
+        columns_written = self.places if self.source is None else torch.from_numpy(written[1]).to(device)
+        self.written = torch.from_numpy(written[0]).to(device), columns_written
+
+    @property
+    def steady(self) -> bool:
+        """Whether each row grows by one token."""
+        return len(self.parts) == 1
+
+    def goes_on(self, start: NDArray[np.int64], stop: NDArray[np.int64]) -> bool:
+        """Whether a `steady` pass has these next, one token further. Shapes: (B,), (B,)."""
+        return np.array_equal(start, self.stop) and bool((stop == start + 1).all())
+
+    def advance(self) -> None:
+        """A `steady` pass becomes the next one."""
+        self.stop, self.columns = self.stop + 1, self.columns + 1
+        self.places += 1
+        self.last.show(*self.written)
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """See `Attend`."""
+        kept = qkv[:, self.slots.heads :]
+        if self.source is not None:
+            kept = kept.index_select(0, self.source)
+        self.slots.cells[layer][self.written] = kept.unflatten(1, (2, -1))
+        if self.steady:
+            return self.last(layer, qkv)
+        parts = zip(self.parts, qkv.split([tokens for tokens, _ in self.parts]), strict=True)
+        return torch.cat([attend(layer, part) for (_, attend), part in parts])
+
+
+class _Reading:
+    """Attention of tokens to what is stored of their rows, up to themselves.
+
+    Args:
+        slots: The store.
+        first: The place of each row's first token that asks. Shape: (B,).
+        count: How many of its tokens ask. Shape: (B,).
+    """
+
+    def __init__(self, slots: Slots, first: NDArray[np.int64], count: NDArray[np.int64]) -> None:
+        device, rows = slots.store.device, len(count)
+        self.heads, self.kv_heads = slots.heads, slots.kv_heads
+        self.grid = _Grid(*cells(count), device)
+        places = first[:, None] + np.arange(self.grid.shape[1])
+        later = np.arange(slots.width) > places[:, :, None]
+        mask = torch.from_numpy(np.where(later, np.float32(LOWEST), np.float32(0.0))).to(device, slots.store.dtype)
+        share = self.heads // self.kv_heads  # query heads that read one key/value head
+        shape = rows, self.kv_heads, self.grid.shape[1], share, slots.width
+        self.mask = mask[:, None, :, None].expand(shape).reshape(rows * self.kv_heads, -1, slots.width).contiguous()
+        self.stored = slots.store[:, :, :rows].flatten(2, 3).unbind()
+
+    def show(self, rows: Tensor, places: Tensor) -> None:
+        """Let rows see one more place each. Shapes: (B,), (B,)."""
+        self.mask.view(len(rows), -1, self.mask.shape[-1])[rows, :, places] = 0.0
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """See `Attend`."""
+        keys, values = self.stored[layer]
+        queries = self.grid.spread(qkv[:, : self.heads])
+        return self.grid.gather(attention(queries, keys, values, self.mask))
+
+
+class _Graph:
+    """A step of all lanes by one token, recorded once: one launch instead of some twenty per layer.
+
+    Args:
+        decoder: Whose pass is recorded.
+        now: A `steady` one; its tensors become the recorded pass's own.
+        ids: Shape: (B,).
+    """
+
+    def __init__(self, decoder: Decoder, now: _Pass, ids: Tensor) -> None:
+        self.own = now.places, now.last.mask, ids
+        self.replay, self.states = _recorded(lambda: decoder(ids, now.places, now), ids.device)
+
+    def __call__(self, now: _Pass, ids: Tensor) -> Tensor:
+        """As the decoder's own pass. Shape: (B,) -> (B, d)."""
+        for own, new in zip(self.own, (now.places, now.last.mask, ids), strict=True):
+            own.copy_(new)
+        self.replay()
+        return self.states.clone()
+
+
+def _recorded(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of `run`: what repeats it, and where its result stands then.
+
+    `run` is called beforehand on another stream, as https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs asks for.
+    """
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):  # its own default belongs to the device of the first graph
+            states = run()
+    return graph.replay, states
+
+
+# ---------------------------------------------------------------------- tokens in rows
+
+
+class _Grid:
+    """Tokens that stand back to back, as the cells of a grid.
+
+    Args:
+        home: Cells from which tokens are read back, in order. Shape: (B, T).
+        number: The token that each cell shows. Shape: (B, T).
+        device: Of the tokens.
+    """
+
+    def __init__(self, home: NDArray[np.bool_], number: NDArray[np.int64], device: torch.device) -> None:
+        self.shape = home.shape
+        self.home: Tensor | None = None  # None: every cell is the home of its token
+        if not home.all():
+            self.number = torch.from_numpy(number.ravel()).to(device)
+            self.home = torch.from_numpy(np.flatnonzero(home)).to(device)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Shape: (M, ...) -> (B, T, ...)."""
+        cells = x if self.home is None else x.index_select(0, self.number)
+        return cells.view(*self.shape, *x.shape[1:])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Shape: (B, T, ...) -> (M, ...)."""
+        return x.flatten(0, 1) if self.home is None else x.flatten(0, 1).index_select(0, self.home)
+
+
+def cells(lengths: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """The grid of sequences: `home` and `number` of `_Grid`. Padding shows the first token: finite, and seen by none. Shape: (B,) -> (B, T) each."""
+    longest = int(lengths.max())
+    if (lengths == longest).all():
+        return np.ones((len(lengths), longest), bool), np.arange(len(lengths) * longest).reshape(-1, longest)
+    home = np.arange(longest) < lengths[:, None]
+    number = np.zeros(home.shape, np.int64)
+    number[home] = np.arange(home.sum())
+    return home, number
+
+
+WORTH_SHARING = 0.05
+"""Share of tokens from which on it pays to look up those that rows have in common."""
+
+
+def beginnings(tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """The same, where rows that begin alike show the same tokens (the prompt of a group). Shapes: (B, L), (B,) -> (B, T) each.
+
+    Each row is compared with the one before it in sorted order. (Padding is sorted with the rest; it never makes tokens alike.)
+    """
+    home, number = cells(lengths)
+    rows = tokens[:, : home.shape[1]]
+    order = sorted(range(len(rows)), key=[row.tobytes() for row in rows].__getitem__)  # neighbours begin alike
+    rows, inside = rows[order], home[order]
+    alike = np.zeros(inside.shape, bool)  # as in the row before, up to here
+    alike[1:] = np.logical_and.accumulate((rows[1:] == rows[:-1]) & inside[1:] & inside[:-1], axis=1)
+    if alike.sum() < WORTH_SHARING * inside.sum():
+        return home, number
+    home[order] &= ~alike
+    number[:] = 0
+    number[home] = np.arange(home.sum())
+    first = np.maximum.accumulate(np.where(alike, 0, np.arange(len(order))[:, None]), axis=0)
+    number[order] = np.take_along_axis(number[order], first, axis=0)
+    return home, number
+
+
+def for_attention(x: Tensor) -> Tensor:
+    """Float32 on a CPU, whatever the weights are: attention in bfloat16 was 6 to 8 times slower there."""
+    return x.float() if x.device.type == "cpu" else x
+
+
+def _ranges(
+    rows: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(row, place) of each token in [start, stop), row after row. Shapes: (B,) each -> (M,), (M,)."""
+    count = stop - start
+    if (count == 1).all():
+        return rows, start
+    offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    return np.repeat(rows, count), np.repeat(start, count) + offset
