@@ -212,5 +212,5 @@ def _invert(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     `right=True` because with `right=False` a target of exactly 0 picks a first token of probability 0; the minimum because
     rounding can leave a target at or above the last sum: the last place where the sum still rises is taken.
     """
-    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous(), right=False)
-    return torch.minimum(torch.searchsorted(cdf, target, right=True), last)
+    below = torch.nextafter(cdf[:, -1:], cdf.new_zeros(()))
+    return torch.searchsorted(cdf, torch.minimum(target, below), right=True)
