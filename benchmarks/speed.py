@@ -2,6 +2,7 @@
 
 Both sides do the same work in one run, in turn, each on the number of threads (one or two) that suits it best; what is printed
 is the median of the rounds' ratios, because single times mean little on a shared machine. The work is stated under each table.
+Each part has a process of its own, so that no figure depends on which parts ran before.
 No side may do less than the other: the numbers of tokens written and given a gradient are compared, and a difference is an error.
 
 Run: textenv bench speed      # at most half an hour on two quiet cores; --only NAME runs a part, --size smoke the smallest of all
@@ -78,7 +79,7 @@ GROWTH_REASONS = {
 # ---------------------------------------------------------------------- the parts
 
 
-class Skipped(Exception):  # not an error: a peer is not installed
+class Skipped(Exception):  # not an error
     """A part cannot be run here; the message says why."""
 
 
@@ -251,12 +252,6 @@ def trl_settings(bench: Bench, algorithm: str, folder: str, micro_batch: int, **
     return replace(settings, **changes)
 
 
-def need_trl() -> None:
-    """See that TRL is there."""
-    if find_spec("trl") is None:
-        raise Skipped("TRL is not installed: pip install 'textenv[peers]'")
-
-
 def trl_choice(bench: Bench, shape: Shape, folder: str, tokenizer: Any, prompts: Sequence[str]) -> tuple[int, int]:
     """(threads, micro-batch) on which TRL is fastest, by RLOO iterations with short responses; once per model."""
     key = ("TRL", shape.name)
@@ -274,7 +269,6 @@ def trl_choice(bench: Bench, shape: Shape, folder: str, tokenizer: Any, prompts:
 
 def iterations(bench: Bench, shape: Shape, algorithm: str, stops: bool, name: str) -> list[Row]:
     """One whole iteration, rollout to optimiser step, against TRL's trainer."""
-    need_trl()
     episodes, budget = bench.size.iteration
     folder, model, tokenizer = bench.saved(shape, stops)
     prompts = build_prompts(shape.vocab_size, 4 * episodes)
@@ -299,7 +293,6 @@ def iterations(bench: Bench, shape: Shape, algorithm: str, stops: bool, name: st
 
 def memory(bench: Bench, shape: Shape, name: str) -> list[Row]:
     """Peak memory of an RLOO iteration, each side in a process of its own."""
-    need_trl()
     if not Path("/proc/self/clear_refs").exists():
         raise Skipped("peak memory is read from /proc, which is there on Linux only")
     episodes, budget = bench.size.iteration
@@ -556,11 +549,13 @@ class Part:
         name: Which.
         section: Of the tables.
         run: Measures it.
+        needs_trl: Whether TRL is the other side.
     """
 
     name: str
     section: str
     run: Callable[[Bench], list[Row] | list[Curve]]
+    needs_trl: bool = False
 
 
 def parts(size: Size) -> list[Part]:
@@ -569,7 +564,7 @@ def parts(size: Size) -> list[Part]:
     shapes = [SHAPES[name] for name in size.shapes]
 
     def part(name: str, section: str, run: Callable[..., list[Row]], *arguments: Any) -> None:
-        out.append(Part(name, section, lambda bench: run(bench, *arguments, name)))
+        out.append(Part(name, section, lambda bench: run(bench, *arguments, name), section in ("iteration", "memory")))
 
     for shape in shapes:
         for n in size.lanes:
@@ -598,6 +593,22 @@ def parts(size: Size) -> list[Part]:
 
 
 # ---------------------------------------------------------------------- running it
+
+
+def run_part(name: str, bench: Bench) -> tuple[list[Row] | list[Curve], dict[tuple[str, ...], Any]]:
+    """A part by name, and what has been chosen by then. Runs in a process of its own."""
+    gc.freeze()  # what is imported is no garbage: collections before each run are quick
+    [part] = [part for part in parts(bench.size) if part.name == name]
+    return part.run(bench), bench.chosen
+
+
+def processes() -> ProcessPoolExecutor:
+    """One process after another, each as if nothing had run before it."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":  # imports once for all
+        context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
 
 
 @dataclass(frozen=True)
@@ -648,28 +659,25 @@ def run_speed(options: SpeedArguments) -> dict[str, Any]:
     if busy := busy_machine():
         console.print(f"[yellow]{busy}[/yellow]")
     options.out.mkdir(parents=True, exist_ok=True)
-    threads, begin = torch.get_num_threads(), time.perf_counter()
-    gc.freeze()  # what is imported is no garbage: collections before each run are quick
-    try:
-        with tempfile.TemporaryDirectory(prefix="textenv-speed-") as folder:
-            bench = Bench(size, Path(folder), getattr(torch, options.dtype))
-            for part in wanted:
-                console.print(f"{clock(begin)}  {part.name}", highlight=False)
-                try:
-                    found = part.run(bench)
-                except Skipped as reason:
-                    report["skipped"][part.name] = str(reason)
-                    console.print(f"       skipped: {reason}", highlight=False)
-                    continue
-                for item in found:
-                    row = {"part": part.name, "section": part.section, **asdict(item)}
-                    report["rows" if isinstance(item, Row) else "curves"].append(row)
-                    console.print(f"       {summary(item)}", highlight=False, soft_wrap=True)
-                report["seconds"] = time.perf_counter() - begin
-                write_json(options.out / "speed.json", report)
-    finally:
-        torch.set_num_threads(threads)
-        gc.unfreeze()
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="textenv-speed-") as folder, processes() as pool:
+        bench = Bench(size, Path(folder), getattr(torch, options.dtype))
+        for part in wanted:
+            console.print(f"{clock(begin)}  {part.name}", highlight=False)
+            try:
+                if part.needs_trl and find_spec("trl") is None:
+                    raise Skipped("TRL is not installed: pip install 'textenv[peers]'")
+                found, bench.chosen = pool.submit(run_part, part.name, bench).result()
+            except Skipped as reason:
+                report["skipped"][part.name] = str(reason)
+                console.print(f"       skipped: {reason}", highlight=False)
+                continue
+            for item in found:
+                row = {"part": part.name, "section": part.section, **asdict(item)}
+                report["rows" if isinstance(item, Row) else "curves"].append(row)
+                console.print(f"       {summary(item)}", highlight=False, soft_wrap=True)
+            report["seconds"] = time.perf_counter() - begin
+            write_json(options.out / "speed.json", report)
     tables = list(make_tables(report, size, BETA, GROUP_SIZE))
     for table in tables:
         console.print(table.rich())

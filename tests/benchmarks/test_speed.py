@@ -260,6 +260,18 @@ def test_the_parts_without_peers_run_and_are_reported(
     assert "rollout-tiny-4-fixed" in capsys.readouterr().out
 
 
+def product_of_two_threads() -> float:
+    torch.set_num_threads(2)
+    return float((torch.ones(512, 512) @ torch.ones(512, 512))[0, 0])
+
+
+def test_parts_run_in_processes_that_can_start_threads() -> None:
+    """A process that has started torch's threads while it imported could not: what is forked from it would wait for ever."""
+    with speed.processes() as pool:
+        for _ in range(2):
+            assert pool.submit(product_of_two_threads).result(timeout=120) == 512
+
+
 def test_an_iteration_of_trl_and_of_ours(small: None, tmp_path: Any) -> None:
     pytest.importorskip("trl")
     bench = Bench(SIZES["smoke"], tmp_path)
