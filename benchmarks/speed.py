@@ -2,7 +2,7 @@
 
 Both sides do the same work in one run, in turn, each on the number of threads (one or two) that suits it best; what is printed
 is the median of the rounds' ratios, because single times mean little on a shared machine. The work is stated under each table.
-Each part has a process of its own, so that no figure depends on which parts ran before.
+Each part has a process of its own, so that no figure depends on what ran before; threads and micro-batches are chosen once per model.
 No side may do less than the other: the numbers of tokens written and given a gradient are compared, and a difference is an error.
 
 Run: textenv bench speed      # at most half an hour on two quiet cores; --only NAME runs a part, --size smoke the smallest of all
@@ -14,6 +14,7 @@ import copy
 import gc
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -549,13 +550,16 @@ class Part:
         name: Which.
         section: Of the tables.
         run: Measures it.
-        needs_trl: Whether TRL is the other side.
     """
 
     name: str
     section: str
     run: Callable[[Bench], list[Row] | list[Curve]]
-    needs_trl: bool = False
+
+    @property
+    def needs_trl(self) -> bool:
+        """Whether TRL is the other side."""
+        return self.section in ("iteration", "memory")
 
 
 def parts(size: Size) -> list[Part]:
@@ -564,7 +568,7 @@ def parts(size: Size) -> list[Part]:
     shapes = [SHAPES[name] for name in size.shapes]
 
     def part(name: str, section: str, run: Callable[..., list[Row]], *arguments: Any) -> None:
-        out.append(Part(name, section, lambda bench: run(bench, *arguments, name), section in ("iteration", "memory")))
+        out.append(Part(name, section, lambda bench: run(bench, *arguments, name)))
 
     for shape in shapes:
         for n in size.lanes:
@@ -596,7 +600,7 @@ def parts(size: Size) -> list[Part]:
 
 
 def run_part(name: str, bench: Bench) -> tuple[list[Row] | list[Curve], dict[tuple[str, ...], Any]]:
-    """A part by name, and what has been chosen by then. Runs in a process of its own."""
+    """A part by its name (it cannot be sent itself), and what has been chosen by then. Runs in a process of its own."""
     gc.freeze()  # what is imported is no garbage: collections before each run are quick
     [part] = [part for part in parts(bench.size) if part.name == name]
     return part.run(bench), bench.chosen
@@ -604,10 +608,12 @@ def run_part(name: str, bench: Bench) -> tuple[list[Row] | list[Curve], dict[tup
 
 def processes() -> ProcessPoolExecutor:
     """One process after another, each as if nothing had run before it."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":  # imports once for all
-        context.set_forkserver_preload([__name__])
+    linux = (
+        sys.platform == "linux"
+    )  # elsewhere a library may have started threads by then, which a fork does not survive
+    context = multiprocessing.get_context("forkserver" if linux else "spawn")
+    if linux:
+        context.set_forkserver_preload([__name__])  # imported once for all
     return ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
 
 

@@ -6,7 +6,7 @@ Notation: M tokens, H query heads on K key/value heads of size h, B rows or lane
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from textenv.decoder import Decoder
+
+Attend: TypeAlias = Callable[[int, Tensor], Tensor]
+"""Attention of a layer: its number, and each token's queries, keys and values (M, H + 2 K, h) -> (M, H h)."""
 
 LOWEST = torch.finfo(torch.float32).min
 """Added to the score of what may not be seen."""
@@ -32,7 +35,8 @@ class Rows:
 
     SHORT = 64
     """Rows of so many tokens and less are faster by plain products than by `scaled_dot_product_attention`."""
-    LATER = torch.from_numpy(np.triu(np.full((SHORT, SHORT), LOWEST, np.float32), 1))  # torch's would start threads
+    LATER = torch.from_numpy(np.triu(np.full((SHORT, SHORT), LOWEST, np.float32), 1))
+    """What a token may not see. (Made by numpy: torch would start threads on import, and what is forked after that hangs.)"""
 
     def __init__(self, decoder: Decoder, home: NDArray[np.bool_], number: NDArray[np.int64]) -> None:
         self.heads, self.kv_heads = decoder.heads, decoder.kv_heads
@@ -49,7 +53,7 @@ class Rows:
         q, k, v = self.grid.spread(qkv).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if self.mask is not None:
-            out = attention(q, k.flatten(0, 1), v.flatten(0, 1), self.mask)
+            out = _by_products(q, k.flatten(0, 1), v.flatten(0, 1), self.mask)
         else:
             grouped = self.heads != self.kv_heads
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=grouped)
@@ -57,8 +61,8 @@ class Rows:
         return self.grid.gather(out)
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """By two products of matrices.
+def _by_products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Masked attention by two products of matrices.
 
     Args:
         q: Shape: (B, Q, H, h).
@@ -103,7 +107,7 @@ class Slots:
         )
         self.cells: tuple[Tensor, ...] = ()  # by layer, with keys and values of a token side by side: (N, T, 2, K, h)
         self.replays = self.store.device.type == "cuda"  # whether steps of all lanes by one token are recorded
-        self.steady: _Pass | None = None  # the last one, if each of its rows grew by one token
+        self.steady: _Pass | None = None  # the last pass, if each of its rows grew by one token
         self.graph: _Graph | None = None  # of this width
 
     @property
@@ -131,7 +135,7 @@ class Slots:
     def step(self, tokens: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]) -> Tensor:
         """One pass that writes tokens [start, stop) of the first B rows of the store.
 
-        What rows that begin have in common before their last token (the prompt of a group) is computed once.
+        Rows that begin with the same tokens up to their last one (the prompt of a group) have these computed once.
 
         Args:
             tokens: Shape: (B, L).
@@ -176,10 +180,10 @@ class _Pass:
     def __init__(
         self, slots: Slots, tokens: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]
     ) -> None:
-        self.slots, self.stop = slots, stop
+        self.heads, self.cells, self.stop = slots.heads, slots.cells, stop  # not `slots`, which holds this pass
         device, every = slots.store.device, np.arange(len(stop))
         self.last = _Reading(slots, stop - 1, np.ones_like(stop))
-        self.parts: list[tuple[int, Callable[[int, Tensor], Tensor]]] = [(len(stop), self.last)]
+        self.parts: list[tuple[int, Attend]] = [(len(stop), self.last)]
         self.rows, self.columns = every, stop - 1
         self.source: Tensor | None = None  # the tokens whose keys and values are written; None: each, to its own place
         written = self.rows, self.columns
@@ -196,10 +200,11 @@ class _Pass:
                 reading = _Reading(slots, start, np.where(start > 0, before, 0))
                 self.parts.append((int(before[growing].sum()), reading))
             if len(fresh):
-                self.parts.append((int(before[fresh].sum()), Rows(slots.decoder, *cells(before[fresh]))))
+                self.parts.append((int(before[fresh].sum()), Rows(slots.decoder, *_grid_of(before[fresh]))))
             computed = np.concatenate([growing, fresh])
             rows, columns = _ranges(computed, start[computed], stop[computed] - 1)
-            written = self.rows, self.columns = np.concatenate([every, rows]), np.concatenate([stop - 1, columns])
+            self.rows, self.columns = np.concatenate([every, rows]), np.concatenate([stop - 1, columns])
+            written = self.rows, self.columns
             if len(copies):
                 begin = np.zeros_like(stop)
                 begin[computed] = len(stop) + np.cumsum(before[computed]) - before[computed]
@@ -207,9 +212,11 @@ class _Pass:
                 source = np.concatenate([np.arange(len(self.rows)), begin[like[rows]] + columns])
                 self.source = torch.from_numpy(source).to(device)
                 written = np.concatenate([self.rows, rows]), np.concatenate([self.columns, columns])
-        self.places = torch.from_numpy(self.columns.copy()).to(device)
-        columns_written = self.places if self.source is None else torch.from_numpy(written[1]).to(device)
-        self.written = torch.from_numpy(written[0]).to(device), columns_written
+        self.places = torch.from_numpy(self.columns.copy()).to(device)  # its own memory, for `advance` writes to it
+        if self.source is None:
+            self.written = torch.from_numpy(written[0]).to(device), self.places  # the same tensor: `advance` moves both
+        else:
+            self.written = torch.from_numpy(written[0]).to(device), torch.from_numpy(written[1]).to(device)
 
     @property
     def steady(self) -> bool:
@@ -228,10 +235,10 @@ class _Pass:
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """See `Attend`."""
-        kept = qkv[:, self.slots.heads :]
+        kept = qkv[:, self.heads :]
         if self.source is not None:
             kept = kept.index_select(0, self.source)
-        self.slots.cells[layer][self.written] = kept.unflatten(1, (2, -1))
+        self.cells[layer][self.written] = kept.unflatten(1, (2, -1))
         if self.steady:
             return self.last(layer, qkv)
         parts = zip(self.parts, qkv.split([tokens for tokens, _ in self.parts]), strict=True)
@@ -250,7 +257,7 @@ class _Reading:
     def __init__(self, slots: Slots, first: NDArray[np.int64], count: NDArray[np.int64]) -> None:
         device, rows = slots.store.device, len(count)
         self.heads, self.kv_heads = slots.heads, slots.kv_heads
-        self.grid = _Grid(*cells(count), device)
+        self.grid = _Grid(*_grid_of(count), device)
         places = first[:, None] + np.arange(self.grid.shape[1])
         later = np.arange(slots.width) > places[:, :, None]
         mask = torch.from_numpy(np.where(later, np.float32(LOWEST), np.float32(0.0))).to(device, slots.store.dtype)
@@ -267,7 +274,7 @@ class _Reading:
         """See `Attend`."""
         keys, values = self.stored[layer]
         queries = self.grid.spread(qkv[:, : self.heads])
-        return self.grid.gather(attention(queries, keys, values, self.mask))
+        return self.grid.gather(_by_products(queries, keys, values, self.mask))
 
 
 class _Graph:
@@ -275,18 +282,19 @@ class _Graph:
 
     Args:
         decoder: Whose pass is recorded.
-        now: A `steady` one; its tensors become the recorded pass's own.
-        ids: Shape: (B,).
+        now: A `steady` one, which is kept: what is recorded reads its tensors.
+        ids: Shape: (B,). Kept too.
     """
 
     def __init__(self, decoder: Decoder, now: _Pass, ids: Tensor) -> None:
-        self.own = now.places, now.last.mask, ids
+        self.recorded, self.ids = now, ids
         self.replay, self.states = _recorded(lambda: decoder(ids, now.places, now), ids.device)
 
     def __call__(self, now: _Pass, ids: Tensor) -> Tensor:
         """As the decoder's own pass. Shape: (B,) -> (B, d)."""
-        for own, new in zip(self.own, (now.places, now.last.mask, ids), strict=True):
-            own.copy_(new)
+        self.recorded.places.copy_(now.places)
+        self.recorded.last.mask.copy_(now.last.mask)
+        self.ids.copy_(ids)
         self.replay()
         return self.states.clone()
 
@@ -338,7 +346,7 @@ class _Grid:
         return x.flatten(0, 1) if self.home is None else x.flatten(0, 1).index_select(0, self.home)
 
 
-def cells(lengths: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+def _grid_of(lengths: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """The grid of sequences: `home` and `number` of `_Grid`. Padding shows the first token: finite, and seen by none. Shape: (B,) -> (B, T) each."""
     longest = int(lengths.max())
     if (lengths == longest).all():
@@ -358,7 +366,7 @@ def beginnings(tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[N
 
     Each row is compared with the one before it in sorted order. (Padding is sorted with the rest; it never makes tokens alike.)
     """
-    home, number = cells(lengths)
+    home, number = _grid_of(lengths)
     rows = tokens[:, : home.shape[1]]
     order = sorted(range(len(rows)), key=[row.tobytes() for row in rows].__getitem__)  # neighbours begin alike
     rows, inside = rows[order], home[order]

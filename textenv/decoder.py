@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -26,10 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from textenv.attention import Rows, beginnings, for_attention
-
-Attend: TypeAlias = Callable[[int, Tensor], Tensor]
-"""Attention of a layer: its number, and each token's queries, keys and values (M, H + 2 K, h) -> (M, H h)."""
+from textenv.attention import Attend, Rows, beginnings, for_attention
 
 
 class _Linear(NamedTuple):

@@ -423,14 +423,14 @@ class _Slots:
         start = np.where(prefix & (self.length < lengths), self.length, 0)
         self.length[stale] = 0  # if the pass below fails, these lanes start over
         lanes = self._pack(stale)
-        ids = np.where(padding, 0, observations)[
-            lanes
-        ]  # padding may stand inside an observation that no environment gives
+        # padding may also stand inside, in an observation that no environment gives
+        ids = np.where(padding, 0, observations)[lanes]
         states = self.keys.step(ids, start[lanes], lengths[lanes])
-        logits = lm.head(states)
-        if np.array_equal(lanes, np.arange(len(stale))):
-            self.states, self.logits = states.clone(), logits  # what inference mode has made could not be written to
+        if len(lanes) == len(stale):
+            self.states = states[torch.from_numpy(np.argsort(lanes)).to(states.device)]
+            self.logits = lm.head(self.states)
         else:
+            logits = lm.head(states)
             if self.logits is None or self.states is None:
                 self.logits = logits.new_zeros(len(stale), logits.shape[-1])
                 self.states = states.new_zeros(len(stale), states.shape[-1])
@@ -439,7 +439,14 @@ class _Slots:
         self.tokens[stale], self.length[stale] = observations[stale], lengths[stale]
 
     def _pack(self, stale: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Move the rows of these lanes to the front; the lanes in the order of their rows. As lanes fall idle the batch shrinks. Shape: (N,)."""
+        """Move the rows of some lanes to the front: as lanes fall idle the batch shrinks.
+
+        Args:
+            stale: Which lanes. Shape: (N,).
+
+        Returns:
+            These lanes, in the order of their rows. Shape: (B,).
+        """
         n = int(stale.sum())
         behind = n + np.flatnonzero(stale[self.lane[n:]])
         if len(behind):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +150,40 @@ def test_a_recorded_step_is_repeated_with_the_tokens_that_come_next(
 
 
 @torch.no_grad()
+def test_what_a_recorded_step_reads_is_kept_for_it(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph holds addresses, not tensors."""
+    monkeypatch.setattr("textenv.attention._recorded", lambda run, device: (lambda: None, run()))
+    decoder = Decoder.of(known.base_model)
+    assert decoder is not None
+    slots, tokens = Slots(decoder.fused(), 4, 12), some_rows()
+    slots.replays = True
+    for start, stop in (([0, 0, 0, 0], [3, 1, 3, 5]), ([3, 1, 3, 5], [4, 2, 4, 6])):
+        slots.step(tokens, np.array(start), np.array(stop))
+    assert slots.steady is not None
+    read = [weakref.ref(x) for x in (*slots.steady.written, slots.steady.places, slots.steady.last.mask)]
+    slots.step(tokens, np.array([4, 0, 4, 6]), np.array([5, 1, 5, 7]))  # no steady one: what is recorded stays
+    assert slots.graph is not None
+    assert all(x() is not None for x in read)
+
+
+def test_keys_and_values_are_freed_at_once_when_weights_change() -> None:
+    """Nothing waits for the collector of cycles: memory would hold several stores."""
+    lm, row = LanguageModel(tiny_model("llama"), 12), np.array([[3, 4, 5, *[VOCAB] * 9]])
+    gc.disable()
+    try:
+        lm.next_logits(row)
+        row[0, 3] = 6
+        lm.next_logits(row)  # a step that the next one could go on from
+        [slots] = lm._slots.values()
+        store = weakref.ref(slots.keys)
+        del slots
+        lm.invalidate()
+        assert store() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
 def test_a_prompt_shared_by_a_group_is_computed_once_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = tiny_model("llama"), []
     written_out = Decoder.__call__
@@ -234,7 +270,14 @@ def test_on_a_gpu_lanes_say_what_the_plain_model_says(dtype: torch.dtype, bound:
     model = tiny_model("llama").to("cuda", dtype)
     lm, tokens = LanguageModel(model, 12), some_rows(3)
     assert lm.cached
-    for lengths in ([3, 1, 5], [4, 2, 6], [5, 3, 7], [6, 4, 8], [7, 8, 1]):  # steady steps are recorded and repeated
+    for lengths in (
+        [3, 1, 5],
+        [4, 2, 6],
+        [5, 3, 7],
+        [6, 4, 8],
+        [7, 8, 1],
+        [8, 9, 2],
+    ):  # steady steps are recorded and repeated
         observations = np.full((3, 12), VOCAB)
         for lane, n in enumerate(lengths):
             observations[lane, :n] = tokens[lane, :n]
