@@ -606,15 +606,15 @@ def run_part(name: str, bench: Bench) -> tuple[list[Row] | list[Curve], dict[tup
     return part.run(bench), bench.chosen
 
 
-def processes() -> ProcessPoolExecutor:
-    """One process after another, each as if nothing had run before it."""
+def clean_processes() -> multiprocessing.context.BaseContext:
+    """What starts processes in which nothing has run before."""
     linux = (
         sys.platform == "linux"
     )  # elsewhere a library may have started threads by then, which a fork does not survive
     context = multiprocessing.get_context("forkserver" if linux else "spawn")
     if linux:
         context.set_forkserver_preload([__name__])  # imported once for all
-    return ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
+    return context
 
 
 @dataclass(frozen=True)
@@ -666,7 +666,8 @@ def run_speed(options: SpeedArguments) -> dict[str, Any]:
         console.print(f"[yellow]{busy}[/yellow]")
     options.out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="textenv-speed-") as folder, processes() as pool:
+    pool = ProcessPoolExecutor(1, mp_context=clean_processes(), max_tasks_per_child=1)
+    with tempfile.TemporaryDirectory(prefix="textenv-speed-") as folder, pool:
         bench = Bench(size, Path(folder), getattr(torch, options.dtype))
         for part in wanted:
             console.print(f"{clock(begin)}  {part.name}", highlight=False)

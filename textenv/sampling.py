@@ -101,7 +101,7 @@ def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
 
 def log_prob_and_entropy(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`log_prob`, and `entropy` without its gradient, from one softmax. Shapes: (M, V), (M,) -> (M,), (M,). Unit: nats."""
-    values: tuple[torch.Tensor, torch.Tensor] = _Scores.apply(logits, actions, True)  # type: ignore[no-untyped-call]  # likewise
+    values: tuple[torch.Tensor, torch.Tensor] = _Scores.apply(logits, actions, True)  # type: ignore[no-untyped-call]  # torch has no annotation for it
     return values
 
 

@@ -95,8 +95,9 @@ SUMS = {
 @pytest.mark.parametrize(("kind", "settings"), SUMS.values(), ids=SUMS)
 def test_gradients_of_passes_add_up_to_the_minibatchs(make_envs, kind, settings):
     def outcome(tokens_per_pass):
-        settings["tokens_per_pass"] = tokens_per_pass
-        agent = kind(make_envs(group_size=4), seed=0, minibatch_episodes=12, **settings)
+        agent = kind(
+            make_envs(group_size=4), seed=0, minibatch_episodes=12, tokens_per_pass=tokens_per_pass, **settings
+        )
         episodes, gradients, passes = collect(agent.env, agent.policy, 12, agent.rng), [], []
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():  # else ratios are 1, and a KL in the loss has no gradient

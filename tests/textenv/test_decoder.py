@@ -270,14 +270,8 @@ def test_on_a_gpu_lanes_say_what_the_plain_model_says(dtype: torch.dtype, bound:
     model = tiny_model("llama").to("cuda", dtype)
     lm, tokens = LanguageModel(model, 12), some_rows(3)
     assert lm.cached
-    for lengths in (
-        [3, 1, 5],
-        [4, 2, 6],
-        [5, 3, 7],
-        [6, 4, 8],
-        [7, 8, 1],
-        [8, 9, 2],
-    ):  # steady steps are recorded and repeated
+    # steps by one token are recorded and repeated; before the last of them a lane grows by several and one begins again
+    for lengths in ([3, 1, 5], [4, 2, 6], [5, 3, 7], [6, 4, 8], [7, 8, 1], [8, 9, 2]):
         observations = np.full((3, 12), VOCAB)
         for lane, n in enumerate(lengths):
             observations[lane, :n] = tokens[lane, :n]
