@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from textenv.attention import Attend, Rows, beginnings, for_attention
+from textenv.packed import Packed
 
 
 class _Linear(NamedTuple):
@@ -37,6 +38,8 @@ class _Linear(NamedTuple):
     """Whether the weight is (in, out), as GPT-2 has it."""
     adapted: Any = None
     """A layer of `peft` around it, to be called in its place."""
+    packed: Packed | None = None
+    """Both together, in their place."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Decoder:
         return known
 
     def fused(self) -> Decoder:
-        """A copy for passes without gradient: what `_joined` computes in each pass is there already, and adapters are merged.
+        """A copy for passes without gradient: layers that are copied to be joined are packed too, and adapters are merged.
 
         It does not follow the weights: make it again when they change.
         """
@@ -116,9 +119,9 @@ class Decoder:
         with torch.no_grad():
             twin.layers = [
                 _Layer(
-                    _joined(replace(layer.qkv, linears=[_merged(part) for part in layer.qkv.linears])),
+                    _packed(_joined(replace(layer.qkv, linears=[_merged(part) for part in layer.qkv.linears]))),
                     _merged(layer.attention_out),
-                    _joined(replace(layer.up, linears=[_by_output(_merged(part)) for part in layer.up.linears])),
+                    _packed(_joined(replace(layer.up, linears=[_merged(part) for part in layer.up.linears]))),
                     _merged(layer.down),
                 )
                 for layer in self.layers
@@ -238,17 +241,12 @@ class Decoder:
 # ---------------------------------------------------------------------- linear layers
 
 
-FEW_ROWS, WIDE = 256, 4
-"""So few rows that go to so many times as many outputs are multiplied from the other side, where two threads are a quarter faster."""
-
-
 def _linear(x: Tensor, linear: _Linear) -> Tensor:
+    if linear.packed is not None:
+        return linear.packed(x)
     if linear.adapted is not None:
         return linear.adapted(x)
     weight, bias = linear.parameters["weight"], linear.parameters["bias"]
-    few = len(x) <= FEW_ROWS and x.device.type == "cpu" and not torch.is_grad_enabled()
-    if few and not linear.transposed and len(weight) >= WIDE * x.shape[1]:
-        return (torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())).t()
     if linear.transposed:
         return torch.addmm(bias, x, weight)
     return F.linear(x, weight, bias)
@@ -271,14 +269,6 @@ def _is_lora(module: Any) -> bool:
     )
 
 
-def _by_output(linear: _Linear) -> _Linear:
-    """With one row of the weight for each output, in a copy where it has been one for each input."""
-    if not linear.transposed:
-        return linear
-    parameters = linear.parameters
-    return _Linear({"weight": parameters["weight"].t().contiguous(), "bias": parameters["bias"]})
-
-
 def _merged(linear: _Linear) -> _Linear:
     """An adapted layer as a plain one, with a weight of its own."""
     if linear.adapted is None:
@@ -289,6 +279,16 @@ def _merged(linear: _Linear) -> _Linear:
             if name in linear.adapted.lora_A:
                 weight += linear.adapted.get_delta_weight(name)
     return _Linear({"weight": weight, "bias": linear.parameters["bias"]}, linear.transposed)
+
+
+def _packed(layers: _NormedLinears) -> _NormedLinears:
+    """The same packed, where they are one matrix and that pays."""
+    if len(layers.linears) > 1:
+        return layers
+    (linear,) = layers.linears
+    weight, bias = linear.parameters["weight"], linear.parameters["bias"]
+    packed = Packed.of(weight.t() if linear.transposed else weight, bias)
+    return layers if packed is None else replace(layers, linears=[_Linear({}, packed=packed)])
 
 
 JOIN_FROM = 2

@@ -28,16 +28,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from textenv.attention import Slots
 from textenv.decoder import Decoder
+from textenv.packed import Packed
 from textenv.sampling import Behaviour, log_prob
 
 _PROBED: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary()
 """Whether the cache serves a model at a length: found out once."""
-
-PACK_HEAD_FROM = 100_000
-"""Weights of a head that is worth packing: below, a plain product is as fast."""
-
-BFLOAT16_PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Whether oneDNN computes in bfloat16 on this processor."""
 
 LOGITS_PER_CHUNK = 1 << 23
 """Logits that are computed at a time where they are used up at once."""
@@ -97,7 +92,7 @@ class LanguageModel:
                 "positions. Use shorter prompts or a smaller max_new_tokens."
             )
         self._slots: OrderedDict[tuple[int, int], _Slots] = OrderedDict()
-        self._packed_head: torch.Tensor | None = None
+        self._packed_head: Packed | None = None
         self._weights = _WeightWatch(model)
         self._calls = 0
         self.generation = 0
@@ -268,7 +263,7 @@ class LanguageModel:
         if self._packed_head is None or torch.is_grad_enabled():
             logits = embeddings(hidden)
         else:
-            logits = torch.ops.mkldnn._linear_pointwise(hidden, self._packed_head, embeddings.bias, "none", [], "")
+            logits = self._packed_head(hidden)
         if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * scale
         if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
@@ -280,15 +275,8 @@ class LanguageModel:
     def _pack_head(self) -> None:
         """Lay the head's weight out for this processor, once per set of weights: twice as fast at large vocabularies."""
         head = self.model.get_output_embeddings()
-        if (
-            self._packed_head is None
-            and type(head) is torch.nn.Linear
-            and head.weight.numel() >= PACK_HEAD_FROM
-            and head.weight.device.type == "cpu"
-            and torch.backends.mkldnn.is_available()
-            and (head.weight.dtype == torch.float32 or (head.weight.dtype == torch.bfloat16 and BFLOAT16_PACKS))
-        ):
-            self._packed_head = torch.ops.mkldnn._reorder_linear_weight(head.weight.detach())
+        if self._packed_head is None and type(head) is torch.nn.Linear:
+            self._packed_head = Packed.of(head.weight, head.bias)
 
     def _encode(self, observations: NDArray[np.int64]) -> torch.Tensor:
         """Next-token logits with no cache: a full pass over each observation. Shape: (N, L) -> (N, V)."""

@@ -91,12 +91,13 @@ def test_whole_rows_and_their_gradients_are_those_of_the_plain_model(
         torch.testing.assert_close(p.grad, q.grad, atol=1e-3, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("wide", [1, 99], ids=["by outputs", "by rows"])
+@pytest.mark.parametrize("pack_from", [1, 1_000_000], ids=["packed", "plain"])
 @torch.no_grad()
 def test_lanes_that_begin_grow_and_share_a_prompt_in_one_pass(
-    known: Any, wide: int, monkeypatch: pytest.MonkeyPatch
+    known: Any, pack_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("textenv.decoder.WIDE", wide)
+    monkeypatch.setattr("textenv.packed.PACK_FROM", pack_from)
+    monkeypatch.setattr("textenv.packed.FEW_ROWS", 1)
     monkeypatch.setattr(Slots, "BLOCK", 4)  # so that the store grows on the way: 8 wide, then 12
     decoder = Decoder.of(known.base_model)
     assert decoder is not None
@@ -243,7 +244,8 @@ def test_a_layer_that_is_replaced_later_and_a_hook_end_the_written_out_pass() ->
 
 
 def test_a_packed_head_is_packed_again_after_an_optimiser_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("textenv.lm.PACK_HEAD_FROM", 1)
+    monkeypatch.setattr("textenv.packed.PACK_FROM", 1)
+    monkeypatch.setattr("textenv.packed.FEW_ROWS", 1)
     model = tiny_model("llama")
     lm, rows = LanguageModel(model, 12), np.array([[3, 4, 5, *[VOCAB] * 9], [6, *[VOCAB] * 11]])
     adam = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
