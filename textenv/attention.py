@@ -106,6 +106,12 @@ class Slots:
             len(decoder.layers), 2, lanes, self.kv_heads, 0, decoder.head_size
         )
         self.cells: tuple[Tensor, ...] = ()  # by layer, with keys and values of a token side by side: (N, T, 2, K, h)
+        self.stored: list[
+            tuple[Tensor, Tensor]
+        ] = []  # by layer, keys and values as products take them: (N K, T, h) each
+        self.hidden = self.store.new_zeros(
+            lanes, self.kv_heads, self.heads // self.kv_heads, 0
+        )  # from each row's last token: a mask
         self.replays = self.store.device.type == "cuda"  # whether steps of all lanes by one token are recorded
         self.steady: _Pass | None = None  # the last pass, if each of its rows grew by one token
         self.graph: _Graph | None = None  # of this width
@@ -124,12 +130,15 @@ class Slots:
             self.store[..., : old.shape[4], :] = old
             self.store[..., old.shape[4] :, :] = 0.0  # finite, for what is masked is still multiplied by 0
             self.cells = self.store.permute(0, 2, 4, 1, 3, 5).unbind()
+            self.stored = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in self.store]
+            self.hidden = F.pad(self.hidden, (0, width - old.shape[4]), value=torch.finfo(old.dtype).min)
             self.steady = self.graph = None
 
     @torch.inference_mode()
     def swap(self, a: list[int], b: list[int]) -> None:
         """Exchange rows pairwise."""
         self.store[:, :, a + b] = self.store[:, :, b + a]
+        self.hidden[a + b] = self.hidden[b + a]
 
     @torch.inference_mode()
     def step(self, tokens: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]) -> Tensor:
@@ -152,6 +161,10 @@ class Slots:
         else:
             now = _Pass(self, tokens, start, stop)
             self.steady = now if now.steady else None
+            if len(begins := np.flatnonzero(start == 0)):
+                self.hidden[torch.from_numpy(begins).to(self.hidden.device)] = torch.finfo(self.hidden.dtype).min
+        rows, places = now.written  # each last token sees them too from now on
+        self.hidden.view(len(self.hidden), -1, self.width)[rows, :, places] = 0.0
         ids = torch.from_numpy(tokens[now.rows, now.columns]).to(self.store.device)
         if self.replays and self.steady is not None and len(tokens) == self.store.shape[2]:
             self.graph = self.graph or _Graph(self.decoder, now, ids)
@@ -182,7 +195,7 @@ class _Pass:
     ) -> None:
         self.heads, self.cells, self.stop = slots.heads, slots.cells, stop  # not `slots`, which holds this pass
         device, every = slots.store.device, np.arange(len(stop))
-        self.last = _Reading(slots, stop - 1, np.ones_like(stop))
+        self.last = _Reading(slots, slots.hidden[: len(stop)])
         self.parts: list[tuple[int, Attend]] = [(len(stop), self.last)]
         self.rows, self.columns = every, stop - 1
         self.source: Tensor | None = None  # the tokens whose keys and values are written; None: each, to its own place
@@ -197,7 +210,7 @@ class _Pass:
             growing = np.flatnonzero((start > 0) & (before > 0))
             fresh, copies = np.flatnonzero(begins & (like == every)), np.flatnonzero(like != every)
             if len(growing):
-                reading = _Reading(slots, start, np.where(start > 0, before, 0))
+                reading = _Reading(slots, *_before_the_last(slots, start, np.where(start > 0, before, 0)))
                 self.parts.append((int(before[growing].sum()), reading))
             if len(fresh):
                 self.parts.append((int(before[fresh].sum()), Rows(slots.decoder, *_grid_of(before[fresh]))))
@@ -231,7 +244,6 @@ class _Pass:
         """A `steady` pass becomes the next one."""
         self.stop, self.columns = self.stop + 1, self.columns + 1
         self.places += 1
-        self.last.show(*self.written)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """See `Attend`."""
@@ -250,31 +262,32 @@ class _Reading:
 
     Args:
         slots: The store.
-        first: The place of each row's first token that asks. Shape: (B,).
-        count: How many of its tokens ask. Shape: (B,).
+        mask: Added to the scores of the queries of each row, each of them for the heads that share keys. Shape: (B, K, Q H/K, T).
+        grid: The queries of each row. None: one each. Shape: (B, Q).
     """
 
-    def __init__(self, slots: Slots, first: NDArray[np.int64], count: NDArray[np.int64]) -> None:
-        device, rows = slots.store.device, len(count)
-        self.heads, self.kv_heads = slots.heads, slots.kv_heads
-        self.grid = _Grid(*_grid_of(count), device)
-        places = first[:, None] + np.arange(self.grid.shape[1])
-        later = np.arange(slots.width) > places[:, :, None]
-        mask = torch.from_numpy(np.where(later, np.float32(LOWEST), np.float32(0.0))).to(device, slots.store.dtype)
-        share = self.heads // self.kv_heads  # query heads that read one key/value head
-        shape = rows, self.kv_heads, self.grid.shape[1], share, slots.width
-        self.mask = mask[:, None, :, None].expand(shape).reshape(rows * self.kv_heads, -1, slots.width).contiguous()
-        self.stored = slots.store[:, :, :rows].flatten(2, 3).unbind()
-
-    def show(self, rows: Tensor, places: Tensor) -> None:
-        """Let rows see one more place each. Shapes: (B,), (B,)."""
-        self.mask.view(len(rows), -1, self.mask.shape[-1])[rows, :, places] = 0.0
+    def __init__(self, slots: Slots, mask: Tensor, grid: _Grid | None = None) -> None:
+        self.heads, self.stored, self.grid = slots.heads, slots.stored, grid
+        self.mask = mask.flatten(0, 1)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """See `Attend`."""
-        keys, values = self.stored[layer]
-        queries = self.grid.spread(qkv[:, : self.heads])
-        return self.grid.gather(_by_products(queries, keys, values, self.mask))
+        keys, values = (kept[: len(self.mask)] for kept in self.stored[layer])
+        queries = qkv[:, : self.heads]
+        if self.grid is None:
+            return _by_products(queries[:, None], keys, values, self.mask).flatten(0, 1)
+        return self.grid.gather(_by_products(self.grid.spread(queries), keys, values, self.mask))
+
+
+def _before_the_last(slots: Slots, first: NDArray[np.int64], count: NDArray[np.int64]) -> tuple[Tensor, _Grid]:
+    """Mask and grid of a `_Reading` by so many tokens of each row, from place `first` on. Shapes: (B,), (B,)."""
+    grid = _Grid(*_grid_of(count), slots.store.device)
+    places = first[:, None] + np.arange(grid.shape[1])
+    later = torch.from_numpy(np.arange(slots.width) > places[:, :, None]).to(slots.store.device)
+    mask = slots.store.new_zeros(later.shape).masked_fill_(later, torch.finfo(slots.store.dtype).min)
+    share = slots.heads // slots.kv_heads  # query heads that read one key/value head
+    every = mask[:, None, :, None].expand(-1, slots.kv_heads, -1, share, -1)
+    return every.flatten(2, 3), grid
 
 
 class _Graph:
@@ -282,7 +295,7 @@ class _Graph:
 
     Args:
         decoder: Whose pass is recorded.
-        now: A `steady` one, which is kept: what is recorded reads its tensors.
+        now: A `steady` one, which is kept: what is recorded reads its tensors (and what the store hides, as it is then).
         ids: Shape: (B,). Kept too.
     """
 
@@ -293,7 +306,6 @@ class _Graph:
     def __call__(self, now: _Pass, ids: Tensor) -> Tensor:
         """As the decoder's own pass. Shape: (B,) -> (B, d)."""
         self.recorded.places.copy_(now.places)
-        self.recorded.last.mask.copy_(now.last.mask)
         self.ids.copy_(ids)
         self.replay()
         return self.states.clone()

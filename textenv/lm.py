@@ -415,7 +415,8 @@ class _Slots:
         ids = np.where(padding, 0, observations)[lanes]
         states = self.keys.step(ids, start[lanes], lengths[lanes])
         if len(lanes) == len(stale):
-            self.states = states[torch.from_numpy(np.argsort(lanes)).to(states.device)]
+            in_order = (lanes[1:] > lanes[:-1]).all()
+            self.states = states.clone() if in_order else states[torch.from_numpy(np.argsort(lanes)).to(states.device)]
             self.logits = lm.head(self.states)
         else:
             logits = lm.head(states)
