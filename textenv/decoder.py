@@ -287,7 +287,7 @@ def _packed(layers: _NormedLinears) -> _NormedLinears:
         return layers
     (linear,) = layers.linears
     weight, bias = linear.parameters["weight"], linear.parameters["bias"]
-    packed = Packed.of(weight.t() if linear.transposed else weight, bias)
+    packed = Packed.of(weight.t() if linear.transposed else weight, bias, any_layout=True)
     return layers if packed is None else replace(layers, linears=[_Linear({}, packed=packed)])
 
 

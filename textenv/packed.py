@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PACK_FROM, LARGE = 40_000, 200_000
+PACK_FROM, LARGE = 40_000, 100_000
 """Weights of a layer that is packed, and of one that is for any number of rows."""
 
 FEW_ROWS, WIDE = 64, 4
 """So few rows are not worth the 30 microseconds that go before a packed product begins, unless the layer is large. With so many times
-as many outputs as inputs they are multiplied from the other side, where two threads are a quarter faster."""
+as many outputs as inputs they are multiplied from the other side, where two threads are a quarter faster, if the result may lie
+feature by feature."""
 
 EVERY_COUNT, ROUND_TO = 128, 16
 """More rows than that are filled up to a multiple of this: the first product of each count costs about a millisecond."""
@@ -32,9 +33,11 @@ class Packed:
     """As it was, for few rows; None where the layer is large. Shape: (outputs, inputs)."""
     bias: Tensor | None
     """Shape: (outputs,)."""
+    any_layout: bool
+    """Whether results may lie feature by feature: softmax, for one, is five times slower on these."""
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> Packed | None:
+    def of(cls, weight: Tensor, bias: Tensor | None, any_layout: bool = False) -> Packed | None:
         """A layer packed, or None where that does not pay or cannot be. Shapes: (outputs, inputs), (outputs,)."""
         if (
             weight.numel() < PACK_FROM
@@ -45,13 +48,13 @@ class Packed:
             return None
         weight = weight.detach()
         layout = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        return cls(layout, None if weight.numel() >= LARGE else weight, bias)
+        return cls(layout, None if weight.numel() >= LARGE else weight, bias, any_layout)
 
     def __call__(self, x: Tensor) -> Tensor:
         """As `torch.nn.functional.linear`. Shape: (M, inputs) -> (M, outputs)."""
         rows = len(x)
         if self.weight is not None and rows <= FEW_ROWS:
-            if len(self.weight) < WIDE * x.shape[1]:
+            if not self.any_layout or len(self.weight) < WIDE * x.shape[1]:
                 return F.linear(x, self.weight, self.bias)
             if self.bias is None:
                 return torch.mm(self.weight, x.t()).t()
