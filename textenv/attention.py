@@ -152,7 +152,7 @@ class Slots:
             stop: Shape: (B,).
 
         Returns:
-            Hidden states of the last tokens. Shape: (B, d).
+            Hidden states of the last tokens. Shape: (B, d), or (2, B, d) of a `Pair`.
         """
         self._widen(int(stop.max()))
         if self.steady is not None and self.steady.goes_on(start, stop):
@@ -169,7 +169,7 @@ class Slots:
         if self.replays and self.steady is not None and len(tokens) == self.store.shape[2]:
             self.graph = self.graph or _Graph(self.decoder, now, ids)
             return self.graph(now, ids)
-        return self.decoder(ids, now.places, now)[: len(tokens)]
+        return self.decoder(ids, now.places, now)[..., : len(tokens), :]
 
 
 class _Pass:

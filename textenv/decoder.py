@@ -30,12 +30,12 @@ from textenv.attention import Attend, Rows, beginnings, for_attention
 from textenv.packed import Packed
 
 
-class _Linear(NamedTuple):
+class Linear(NamedTuple):
     """A linear layer or a norm, by the dictionary in which its module keeps weight and bias: what is written there is seen here."""
 
     parameters: dict[str, Any]
     transposed: bool = False
-    """Whether the weight is (in, out), as GPT-2 has it."""
+    """Whether the weight is (in, out), as GPT-2 has it. (Those of a `Pair` are (2, in, out).)"""
     adapted: Any = None
     """A layer of `peft` around it, to be called in its place."""
     packed: Packed | None = None
@@ -43,21 +43,23 @@ class _Linear(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _NormedLinears:
+class NormedLinears:
     """Linear layers side by side that read what a norm makes of the residual stream."""
 
-    norm: _Linear
-    linears: list[_Linear]
+    norm: Linear
+    linears: list[Linear]
     order: Tensor | None = None
     """Of their outputs, where another is wanted than they stand in. Shape: (outputs,)."""
 
 
-class _Layer(NamedTuple):
-    qkv: _NormedLinears
-    attention_out: _Linear
-    up: _NormedLinears
+class Layer(NamedTuple):
+    """What a layer consists of."""
+
+    qkv: NormedLinears
+    attention_out: Linear
+    up: NormedLinears
     """Of a gated MLP: the gate, then what passes it."""
-    down: _Linear
+    down: Linear
 
 
 class Decoder:
@@ -76,11 +78,11 @@ class Decoder:
             raise NotImplementedError(kind)
         self._places: list[tuple[Any, str, nn.Module]] = []  # (modules of the parent, name, module) of all that is read
         self.rotation: Tensor | None = None  # Llama's, by position: complex, (L, 1, h / 2)
-        self.positions: _Linear | None = None  # GPT-2's learned ones
-        self.embedding: _Linear
+        self.positions: Linear | None = None  # GPT-2's learned ones
+        self.embedding: Linear
         self.padding: int | None = trunk.get_input_embeddings().padding_idx  # a row that gets no gradient
-        self.layers: list[_Layer]
-        self.norm: _Linear
+        self.layers: list[Layer]
+        self.norm: Linear
         self.eps: float
         self.activation: Callable[[Tensor], Tensor]
         self.gated: bool
@@ -110,22 +112,28 @@ class Decoder:
             _KNOWN[trunk] = known
         return known
 
-    def fused(self) -> Decoder:
-        """A copy for passes without gradient: layers that are copied to be joined are packed too, and adapters are merged.
+    def joined(self) -> Decoder:
+        """A copy for passes without gradient: what `_joined` computes in each pass is there already, and adapters are merged.
 
         It does not follow the weights: make it again when they change.
         """
         twin = copy.copy(self)
         with torch.no_grad():
             twin.layers = [
-                _Layer(
-                    _packed(_joined(replace(layer.qkv, linears=[_merged(part) for part in layer.qkv.linears]))),
+                Layer(
+                    _joined(replace(layer.qkv, linears=[_merged(part) for part in layer.qkv.linears])),
                     _merged(layer.attention_out),
-                    _packed(_joined(replace(layer.up, linears=[_merged(part) for part in layer.up.linears]))),
+                    _joined(replace(layer.up, linears=[_merged(part) for part in layer.up.linears])),
                     _merged(layer.down),
                 )
                 for layer in self.layers
             ]
+        return twin
+
+    def fused(self) -> Decoder:
+        """The same, and layers that have been copied are packed."""
+        twin = self.joined()
+        twin.layers = [layer._replace(qkv=_packed(layer.qkv), up=_packed(layer.up)) for layer in twin.layers]
         return twin
 
     @property
@@ -134,7 +142,7 @@ class Decoder:
         weight: Tensor = self.embedding.parameters["weight"]
         return weight
 
-    def part(self, parent: nn.Module, name: str) -> _Linear:
+    def part(self, parent: nn.Module, name: str) -> Linear:
         """Weight and bias of a plain module, or of one that LoRA has wrapped."""
         module: Any = parent._modules[name]
         self._places.append((parent._modules, name, module))
@@ -144,7 +152,7 @@ class Decoder:
         plain = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm)
         if type(module) not in plain and type(module).__name__ != "LlamaRMSNorm":
             raise NotImplementedError(f"{type(module).__name__} as {name}")
-        return _Linear(module._parameters, type(module) is Conv1D, adapted)
+        return Linear(module._parameters, type(module) is Conv1D, adapted)
 
     def _intact(self, trunk: Any) -> bool:
         """Whether the trunk still consists of the modules that were read, without hooks."""
@@ -164,19 +172,16 @@ class Decoder:
 
     def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Last hidden states of tokens that stand back to back. Shapes: (M,), (M,) -> (M, d)."""
-        x = F.embedding(ids, self.weights, self.padding)
-        rotation = None
-        if self.positions is not None:
-            x = x + F.embedding(positions, self.positions.parameters["weight"])
-        elif self.rotation is not None:  # of queries and keys; values are multiplied by 1
+        x, rotation = self._embedded(ids, positions), None
+        if self.rotation is not None:  # of queries and keys; values are multiplied by 1
             heads = self.rotation[positions].expand(-1, self.heads + self.kv_heads, -1)
             rotation = torch.cat([heads, torch.ones_like(heads[:, : self.kv_heads])], dim=1)
         for i, layer in enumerate(self.layers):
-            qkv = for_attention(self._apply(x, layer.qkv)).contiguous().view(len(x), -1, self.head_size)
+            qkv = self._heads_of(self._apply(x, layer.qkv))
             if rotation is not None:
                 pairs = torch.view_as_complex(qkv.float().view(*rotation.shape, 2))
                 qkv = torch.view_as_real(pairs * rotation).view(qkv.shape).to(qkv.dtype)
-            x = _linear_and_add(attend(i, qkv).to(x.dtype), layer.attention_out, x)
+            x = _linear_and_add(self._features_of(attend(i, qkv)).to(x.dtype), layer.attention_out, x)
             up = self._apply(x, layer.up)
             if self.gated:
                 gate, up = up.chunk(2, dim=-1)
@@ -186,7 +191,22 @@ class Decoder:
             x = _linear_and_add(up, layer.down, x)
         return self._normed(x, self.norm)
 
-    def _apply(self, x: Tensor, layers: _NormedLinears) -> Tensor:
+    # These, and `_normed`, are what differs in a `Pair`.
+
+    def _embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Shapes: (M,), (M,) -> (M, d)."""
+        x = F.embedding(ids, self.weights, self.padding)
+        return x if self.positions is None else x + F.embedding(positions, self.positions.parameters["weight"])
+
+    def _heads_of(self, qkv: Tensor) -> Tensor:
+        """Shape: (M, (H + 2 K) h) -> (M, H + 2 K, h)."""
+        return for_attention(qkv).contiguous().view(len(qkv), -1, self.head_size)
+
+    def _features_of(self, heads: Tensor) -> Tensor:
+        """Of what attention returns. Shape: (M, H h) -> (M, H h)."""
+        return heads
+
+    def _apply(self, x: Tensor, layers: NormedLinears) -> Tensor:
         """Shape: (M, d) -> (M, outputs)."""
         if len(x) >= JOIN_FROM * x.shape[1]:
             layers = _joined(layers)
@@ -196,7 +216,7 @@ class Decoder:
         out = torch.cat([_linear(x, part) for part in layers.linears], dim=-1)
         return out if layers.order is None else out.index_select(1, layers.order)
 
-    def _normed(self, x: Tensor, norm: _Linear) -> Tensor:
+    def _normed(self, x: Tensor, norm: Linear) -> Tensor:
         weight = norm.parameters["weight"]
         if "bias" in norm.parameters:
             return torch.layer_norm(x, x.shape[-1:], weight, norm.parameters["bias"], self.eps)
@@ -241,22 +261,27 @@ class Decoder:
 # ---------------------------------------------------------------------- linear layers
 
 
-def _linear(x: Tensor, linear: _Linear) -> Tensor:
+def _linear(x: Tensor, linear: Linear) -> Tensor:
     if linear.packed is not None:
         return linear.packed(x)
     if linear.adapted is not None:
         return linear.adapted(x)
     weight, bias = linear.parameters["weight"], linear.parameters["bias"]
+    if weight.dim() == 3:
+        return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
     if linear.transposed:
         return torch.addmm(bias, x, weight)
     return F.linear(x, weight, bias)
 
 
-def _linear_and_add(x: Tensor, linear: _Linear, to: Tensor) -> Tensor:
+def _linear_and_add(x: Tensor, linear: Linear, to: Tensor) -> Tensor:
     if linear.adapted is not None:
         return to + linear.adapted(x)
     weight, bias = linear.parameters["weight"], linear.parameters["bias"]
-    out = torch.addmm(to, x, weight if linear.transposed else weight.t())
+    if weight.dim() == 3:
+        out = torch.baddbmm(to, x, weight)
+    else:
+        out = torch.addmm(to, x, weight if linear.transposed else weight.t())
     return out if bias is None else out + bias
 
 
@@ -269,7 +294,7 @@ def _is_lora(module: Any) -> bool:
     )
 
 
-def _merged(linear: _Linear) -> _Linear:
+def _merged(linear: Linear) -> Linear:
     """An adapted layer as a plain one, with a weight of its own."""
     if linear.adapted is None:
         return linear
@@ -278,24 +303,24 @@ def _merged(linear: _Linear) -> _Linear:
         for name in linear.adapted.active_adapters:
             if name in linear.adapted.lora_A:
                 weight += linear.adapted.get_delta_weight(name)
-    return _Linear({"weight": weight, "bias": linear.parameters["bias"]}, linear.transposed)
+    return Linear({"weight": weight, "bias": linear.parameters["bias"]}, linear.transposed)
 
 
-def _packed(layers: _NormedLinears) -> _NormedLinears:
+def _packed(layers: NormedLinears) -> NormedLinears:
     """The same packed, where they are one matrix and that pays."""
     if len(layers.linears) > 1:
         return layers
     (linear,) = layers.linears
     weight, bias = linear.parameters["weight"], linear.parameters["bias"]
     packed = Packed.of(weight.t() if linear.transposed else weight, bias, any_layout=True)
-    return layers if packed is None else replace(layers, linears=[_Linear({}, packed=packed)])
+    return layers if packed is None else replace(layers, linears=[Linear({}, packed=packed)])
 
 
 JOIN_FROM = 2
 """Where a pass has so many times as many tokens as features, copying (3 d, d) weights costs less than (M, 3 d) states (d of 128 and 288)."""
 
 
-def _joined(layers: _NormedLinears) -> _NormedLinears:
+def _joined(layers: NormedLinears) -> NormedLinears:
     """The same with one matrix, in order, and an RMS norm's weights in it.
 
     Adapters stay as they are. Norms are joined in float32 only, for half precision would be rounded twice; sqrt(d), which is
@@ -312,8 +337,8 @@ def _joined(layers: _NormedLinears) -> _NormedLinears:
     if order is not None:
         weight, bias = weight.index_select(0, order), bias if bias is None else bias.index_select(0, order)
     if scale is not None:
-        weight, norm = weight * (scale * len(scale) ** 0.5), _Linear({"weight": None})
-    return _NormedLinears(norm, [_Linear({"weight": weight, "bias": bias})])
+        weight, norm = weight * (scale * len(scale) ** 0.5), Linear({"weight": None})
+    return NormedLinears(norm, [Linear({"weight": weight, "bias": bias})])
 
 
 # ---------------------------------------------------------------------- reading a trunk
@@ -331,14 +356,14 @@ def _read_llama(decoder: Decoder, trunk: Any) -> None:
     pairs = places[:rotated].view(rotated, 2, -1).mT.reshape(rotated, size)  # what is rotated together side by side
     order = torch.cat([pairs, places[rotated:]]).flatten()
     decoder.layers = [
-        _Layer(
-            qkv=_NormedLinears(
+        Layer(
+            qkv=NormedLinears(
                 decoder.part(layer, "input_layernorm"),
                 [decoder.part(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")],
                 order,
             ),
             attention_out=decoder.part(layer.self_attn, "o_proj"),
-            up=_NormedLinears(
+            up=NormedLinears(
                 decoder.part(layer, "post_attention_layernorm"),
                 [decoder.part(layer.mlp, name) for name in ("gate_proj", "up_proj")],
             ),
@@ -366,10 +391,10 @@ def _read_gpt2(decoder: Decoder, trunk: Any) -> None:
     decoder.activation = _ACTIVATIONS[config.activation_function]
     decoder.embedding, decoder.norm = decoder.part(trunk, "wte"), decoder.part(trunk, "ln_f")
     decoder.layers = [
-        _Layer(
-            qkv=_NormedLinears(decoder.part(layer, "ln_1"), [decoder.part(layer.attn, "c_attn")]),
+        Layer(
+            qkv=NormedLinears(decoder.part(layer, "ln_1"), [decoder.part(layer.attn, "c_attn")]),
             attention_out=decoder.part(layer.attn, "c_proj"),
-            up=_NormedLinears(decoder.part(layer, "ln_2"), [decoder.part(layer.mlp, "c_fc")]),
+            up=NormedLinears(decoder.part(layer, "ln_2"), [decoder.part(layer.mlp, "c_fc")]),
             down=decoder.part(layer.mlp, "c_proj"),
         )
         for layer in trunk.h

@@ -127,6 +127,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         self._ledger: Ledger | None = None
         self._warned = False
         self.closed = False
+        self._await()
 
     # ------------------------------------------------------------------ what agents use beside reset and step
 
@@ -139,6 +140,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             pay: False where the agent has the KL in its loss, or nowhere: `info["kl"]` is reported all the same.
         """
         self.kl.attach(policy, pay)
+        self._await()
         self.reference.invalidate()
         if hasattr(policy, "invalidate"):
             policy.invalidate()
@@ -545,6 +547,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
                 "A deferred block refills lanes by itself: make the environment with autoreset_mode='SAME_STEP' or 'NEXT_STEP'."
             )
         self._ledger = ledger
+        self._await()
         fresh = ~self._done & (self._length == self._prompt_length)
         if fresh.all():  # reset just before the block: those are its first episodes
             self._done[ledger.size :] = True
@@ -552,8 +555,13 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         else:  # nothing is carried over: the loop begins with a reset
             self._done[:], self._was_reset[:] = True, False
 
+    def _await(self) -> None:
+        """Say what the reference will be asked about at each step, if it will be."""
+        self.reference.awaited = self._tokens if self.needs_reference and self._ledger is None else None
+
     def _close(self, ledger: Ledger) -> None:
         self._ledger = None
+        self._await()
         self._done[:], self._was_reset[:] = True, False
 
     # ------------------------------------------------------------------ state, picture, end

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -29,6 +30,7 @@ from transformers.cache_utils import CacheLayerMixin
 from textenv.attention import Slots
 from textenv.decoder import Decoder
 from textenv.packed import Packed
+from textenv.pair import pairable, paired
 from textenv.sampling import Behaviour, log_prob
 
 _PROBED: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary()
@@ -92,6 +94,11 @@ class LanguageModel:
                 "positions. Use shorter prompts or a smaller max_new_tokens."
             )
         self._slots: OrderedDict[tuple[int, int], _Slots] = OrderedDict()
+        self.awaited: NDArray[np.int64] | None = None
+        """What an environment will ask about next, kept up to date by it. A small model's clone that is asked the same answers for both."""
+        self._original: weakref.ref[LanguageModel] | None = None  # of a clone that may do so
+        self._joint: _Slots | None = None  # this model's and the original's
+        self._answered: weakref.ref[_Slots] | None = None  # the same, held by the original
         self._packed_head: Packed | None = None
         self._weights = _WeightWatch(model)
         self._calls = 0
@@ -119,13 +126,17 @@ class LanguageModel:
         for p in model.parameters():  # not `model.to`, which would round a rotation's frequencies as well
             if p.is_floating_point():
                 p.data = p.data.to(dtype or (torch.promote_types(p.dtype, torch.float32) if trainable else p.dtype))
-        return LanguageModel(model, self.max_tokens, behaviour or self.behaviour, check=self.check, cached=self.cached)
+        clone = LanguageModel(model, self.max_tokens, behaviour or self.behaviour, check=self.check, cached=self.cached)
+        if self.cached and pairable(self.model.base_model, model.base_model):
+            clone._original = weakref.ref(self)
+        return clone
 
     def invalidate(self) -> None:
         """Forget everything cached. Called at each update; call it after writing weights in an unusual way."""
         self.generation += 1
         self._slots.clear()
         self._packed_head = None
+        self._joint = self._answered = None
 
     def refresh(self) -> bool:
         """Forget everything cached if the weights have changed since the last call; whether they had."""
@@ -148,12 +159,10 @@ class LanguageModel:
         if not self._cache_serves(observations.shape[1]):
             return self._encode(observations)
         self.refresh()
-        slots = self._slots_for(*observations.shape)
-        slots.follow(self, observations)
-        assert slots.logits is not None
+        logits, _ = self._followed(observations)
         if self.check:
-            self._check_one_lane(observations, slots.logits)
-        return slots.logits
+            self._check_one_lane(observations, logits)
+        return logits
 
     @torch.no_grad()
     def next_hidden(self, observations: NDArray[np.int64]) -> torch.Tensor:
@@ -161,9 +170,8 @@ class LanguageModel:
         observations = np.asarray(observations)
         if not self._cache_serves(observations.shape[1]):
             return self.last_hidden(observations)
-        self.shared_logits(observations)
-        states = self._slots_for(*observations.shape).states
-        assert states is not None
+        self.refresh()
+        _, states = self._followed(observations)
         return states.clone()
 
     @torch.no_grad()
@@ -295,13 +303,41 @@ class LanguageModel:
             verdicts[length] = plain._probe(length)
         return verdicts[length]
 
+    def _followed(self, observations: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and hidden states by the cache. Shape: (N, L) -> (N, V), (N, d)."""
+        if (joint := _alive(self._answered)) is not None and joint.knows(observations):
+            return joint.logits[1], joint.states[1]
+        original = _alive(self._original)
+        if original is not None and original.awaited is not None and np.array_equal(original.awaited, observations):
+            joint = self._joint_slots(original, *observations.shape)
+            if joint is not None:
+                joint.follow([self, original], observations)
+                return joint.logits[0], joint.states[0]
+        slots = self._slots_for(*observations.shape)
+        slots.follow([self], observations)
+        return slots.logits[0], slots.states[0]
+
+    def _joint_slots(self, original: LanguageModel, lanes: int, width: int) -> _Slots | None:
+        """The cache of both, made anew when either has forgotten it; None where they do not fit together (any more)."""
+        joint = self._joint
+        if joint is None or joint is not _alive(original._answered) or joint.tokens.shape != (lanes, width):
+            original.refresh()
+            pair = paired(self.model.base_model, original.model.base_model)
+            joint = None if pair is None else _Slots(Slots(pair, lanes, width), lanes, width)
+            self._joint, original._answered = joint, None if joint is None else weakref.ref(joint)
+            self._pack_head()
+            original._pack_head()
+        return joint
+
     def _slots_for(self, lanes: int, width: int) -> _Slots:
         """The cache of this batch size; a batch of another size is another set of lanes. The four last used are kept."""
         key = (lanes, width)
         if key not in self._slots:
             while len(self._slots) > 3:
                 self._slots.popitem(last=False)
-            self._slots[key] = _Slots(self.model, lanes, width)
+            decoder = Decoder.of(self.model.base_model)
+            keys = _PlainSlots(self.model, lanes, width) if decoder is None else Slots(decoder.fused(), lanes, width)
+            self._slots[key] = _Slots(keys, lanes, width)
             self._pack_head()
         self._slots.move_to_end(key)
         return self._slots[key]
@@ -356,10 +392,8 @@ class LanguageModel:
                     raise NotImplementedError(
                         f"{type(self.model).__name__} changes its logits after the output embeddings in a way that is not known here."
                     )
-                slots = self._slots_for(3, length)
-                slots.follow(self, observations)
-                assert slots.logits is not None
-                if (slots.logits - expected).abs().max().item() > tolerance:
+                logits, _ = self._followed(observations)
+                if (logits - expected).abs().max().item() > tolerance:
                     raise _CacheMismatchError
         except NotImplementedError:
             raise
@@ -384,48 +418,64 @@ class _CacheMismatchError(Exception):
     """The probe's cached logits differ from the plain forward pass."""
 
 
+_T = TypeVar("_T")
+
+
+def _alive(reference: weakref.ref[_T] | None) -> _T | None:
+    """What is referred to, if it is still there."""
+    return None if reference is None else reference()
+
+
 class _Slots:
-    """The key/value cache of N lanes: one preallocated row each, written at that lane's own position.
+    """The key/value cache of N lanes of a model, or of two: one preallocated row each, written at that lane's own position.
 
     No lane waits for another and nothing is padded on the left.
     """
 
-    def __init__(self, model: PreTrainedModel, lanes: int, width: int) -> None:
+    def __init__(self, keys: Slots | _PlainSlots, lanes: int, width: int) -> None:
+        self.keys = keys
         self.tokens = np.full((lanes, width), -1, np.int64)
         self.length = np.zeros(lanes, np.int64)  # tokens whose keys and values are written
         self.lane = np.arange(lanes)  # row of the key/value tensors -> its lane
-        self.logits: torch.Tensor | None = None  # (N, V), after each lane's last token
-        self.states: torch.Tensor | None = None  # (N, d), what the logits are read from
-        decoder = Decoder.of(model.base_model)
-        self.keys = _PlainSlots(model, lanes, width) if decoder is None else Slots(decoder.fused(), lanes, width)
+        self.seen: NDArray[np.int64] | None = None  # the observations that all lanes have followed
+        self.logits: list[torch.Tensor] = []  # of each model, after each lane's last token: (N, V)
+        self.states: list[torch.Tensor] = []  # what they are read from: (N, d)
 
-    def follow(self, lm: LanguageModel, observations: NDArray[np.int64]) -> None:
+    def knows(self, observations: NDArray[np.int64]) -> bool:
+        """Whether `logits` are up to date with them. Shape: (N, L)."""
+        return self.seen is not None and np.array_equal(self.seen, observations)
+
+    def follow(self, models: Sequence[LanguageModel], observations: NDArray[np.int64]) -> None:
         """Bring `logits` up to date with `observations`. Shape: (N, L)."""
         position = np.arange(observations.shape[1])
-        padding = observations == lm.vocab_size
+        padding = observations == models[0].vocab_size
         lengths = observations.shape[1] - padding.sum(axis=1)
         prefix = ((self.tokens == observations) | (position >= self.length[:, None])).all(axis=1)
         stale = ~prefix | (self.length != lengths) | (self.length == 0)
         if not stale.any():
             return
         start = np.where(prefix & (self.length < lengths), self.length, 0)
-        self.length[stale] = 0  # if the pass below fails, these lanes start over
+        self.length[stale], self.seen = 0, None  # if the pass below fails, these lanes start over
         lanes = self._pack(stale)
         # padding may also stand inside, in an observation that no environment gives
         ids = np.where(padding, 0, observations)[lanes]
-        states = self.keys.step(ids, start[lanes], lengths[lanes])
+        passed = self.keys.step(ids, start[lanes], lengths[lanes])
+        new = list(passed) if len(models) > 1 else [passed]
         if len(lanes) == len(stale):
             in_order = (lanes[1:] > lanes[:-1]).all()
-            self.states = states.clone() if in_order else states[torch.from_numpy(np.argsort(lanes)).to(states.device)]
-            self.logits = lm.head(self.states)
+            order = None if in_order else torch.from_numpy(np.argsort(lanes)).to(passed.device)
+            self.states = [states.clone() if order is None else states[order] for states in new]
+            self.logits = [lm.head(states) for lm, states in zip(models, self.states, strict=True)]
         else:
-            logits = lm.head(states)
-            if self.logits is None or self.states is None:
-                self.logits = logits.new_zeros(len(stale), logits.shape[-1])
-                self.states = states.new_zeros(len(stale), states.shape[-1])
-            at = torch.from_numpy(lanes).to(logits.device)
-            self.logits[at], self.states[at] = logits, states
+            at = torch.from_numpy(lanes).to(passed.device)
+            for k, (lm, states) in enumerate(zip(models, new, strict=True)):
+                logits = lm.head(states)
+                if len(self.logits) <= k:
+                    self.logits.append(logits.new_zeros(len(stale), logits.shape[-1]))
+                    self.states.append(states.new_zeros(len(stale), states.shape[-1]))
+                self.logits[k][at], self.states[k][at] = logits, states
         self.tokens[stale], self.length[stale] = observations[stale], lengths[stale]
+        self.seen = observations.copy()
 
     def _pack(self, stale: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Move the rows of some lanes to the front: as lanes fall idle the batch shrinks.

@@ -113,11 +113,11 @@ class _Scores(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, actions: torch.Tensor, with_entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.save_for_backward(logits, actions)
-        if not with_entropy:
-            return logits.log_softmax(dim=-1).gather(-1, actions[..., None]).squeeze(-1), None
         p = logits.softmax(dim=-1)
         normaliser = log_sum_exp(logits, p)
         chosen = logits.gather(-1, actions[..., None]).squeeze(-1) - normaliser
+        if not with_entropy:
+            return chosen, None
         uncertainty = _entropy(logits, p, normaliser)
         ctx.mark_non_differentiable(uncertainty)
         return chosen, uncertainty
