@@ -106,12 +106,9 @@ class Slots:
             len(decoder.layers), 2, lanes, self.kv_heads, 0, decoder.head_size
         )
         self.cells: tuple[Tensor, ...] = ()  # by layer, with keys and values of a token side by side: (N, T, 2, K, h)
-        self.stored: list[
-            tuple[Tensor, Tensor]
-        ] = []  # by layer, keys and values as products take them: (N K, T, h) each
-        self.hidden = self.store.new_zeros(
-            lanes, self.kv_heads, self.heads // self.kv_heads, 0
-        )  # from each row's last token: a mask
+        self.stored: list[tuple[Tensor, Tensor]] = []  # by layer, keys and values for products: (N K, T, h) each
+        share = self.heads // self.kv_heads
+        self.mask = self.store.new_zeros(lanes, self.kv_heads, share, 0)  # of each row's last token
         self.replays = self.store.device.type == "cuda"  # whether steps of all lanes by one token are recorded
         self.steady: _Pass | None = None  # the last pass, if each of its rows grew by one token
         self.graph: _Graph | None = None  # of this width
@@ -131,14 +128,14 @@ class Slots:
             self.store[..., old.shape[4] :, :] = 0.0  # finite, for what is masked is still multiplied by 0
             self.cells = self.store.permute(0, 2, 4, 1, 3, 5).unbind()
             self.stored = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in self.store]
-            self.hidden = F.pad(self.hidden, (0, width - old.shape[4]), value=torch.finfo(old.dtype).min)
+            self.mask = F.pad(self.mask, (0, width - old.shape[4]), value=torch.finfo(old.dtype).min)
             self.steady = self.graph = None
 
     @torch.inference_mode()
     def swap(self, a: list[int], b: list[int]) -> None:
         """Exchange rows pairwise."""
         self.store[:, :, a + b] = self.store[:, :, b + a]
-        self.hidden[a + b] = self.hidden[b + a]
+        self.mask[a + b] = self.mask[b + a]
 
     @torch.inference_mode()
     def step(self, tokens: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]) -> Tensor:
@@ -162,9 +159,9 @@ class Slots:
             now = _Pass(self, tokens, start, stop)
             self.steady = now if now.steady else None
             if len(begins := np.flatnonzero(start == 0)):
-                self.hidden[torch.from_numpy(begins).to(self.hidden.device)] = torch.finfo(self.hidden.dtype).min
-        rows, places = now.written  # each last token sees them too from now on
-        self.hidden.view(len(self.hidden), -1, self.width)[rows, :, places] = 0.0
+                self.mask[torch.from_numpy(begins).to(self.mask.device)] = torch.finfo(self.mask.dtype).min
+        rows, places = now.written
+        self.mask.view(len(self.mask), -1, self.width)[rows, :, places] = 0.0  # seen from now on
         ids = torch.from_numpy(tokens[now.rows, now.columns]).to(self.store.device)
         if self.replays and self.steady is not None and len(tokens) == self.store.shape[2]:
             self.graph = self.graph or _Graph(self.decoder, now, ids)
@@ -195,7 +192,7 @@ class _Pass:
     ) -> None:
         self.heads, self.cells, self.stop = slots.heads, slots.cells, stop  # not `slots`, which holds this pass
         device, every = slots.store.device, np.arange(len(stop))
-        self.last = _Reading(slots, slots.hidden[: len(stop)])
+        self.last = _Reading(slots, slots.mask[: len(stop)])
         self.parts: list[tuple[int, Attend]] = [(len(stop), self.last)]
         self.rows, self.columns = every, stop - 1
         self.source: Tensor | None = None  # the tokens whose keys and values are written; None: each, to its own place
@@ -280,14 +277,13 @@ class _Reading:
 
 
 def _before_the_last(slots: Slots, first: NDArray[np.int64], count: NDArray[np.int64]) -> tuple[Tensor, _Grid]:
-    """Mask and grid of a `_Reading` by so many tokens of each row, from place `first` on. Shapes: (B,), (B,)."""
+    """Mask and grid of a `_Reading` by `count` tokens of each row, from place `first` on. Shapes: (B,), (B,)."""
     grid = _Grid(*_grid_of(count), slots.store.device)
     places = first[:, None] + np.arange(grid.shape[1])
     later = torch.from_numpy(np.arange(slots.width) > places[:, :, None]).to(slots.store.device)
     mask = slots.store.new_zeros(later.shape).masked_fill_(later, torch.finfo(slots.store.dtype).min)
     share = slots.heads // slots.kv_heads  # query heads that read one key/value head
-    every = mask[:, None, :, None].expand(-1, slots.kv_heads, -1, share, -1)
-    return every.flatten(2, 3), grid
+    return mask[:, None, :, None].expand(-1, slots.kv_heads, -1, share, -1).flatten(2, 3), grid
 
 
 class _Graph:
@@ -295,7 +291,7 @@ class _Graph:
 
     Args:
         decoder: Whose pass is recorded.
-        now: A `steady` one, which is kept: what is recorded reads its tensors (and what the store hides, as it is then).
+        now: A `steady` one, which is kept: what is recorded reads its tensors (and the store's mask, as it is then).
         ids: Shape: (B,). Kept too.
     """
 

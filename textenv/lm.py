@@ -8,7 +8,8 @@ what its cache holds (N x L integers) and computes only what is new. No session,
     anything else            the whole observation, from its first token
 
 The last rule keeps numbers independent of what a lane did before: a new prompt never reuses the keys of an old one.
-Passes go through `textenv.decoder` where it knows the architecture, and through `transformers` where not.
+Passes go through `textenv.decoder` where it knows the architecture, and through `transformers` where not. A small policy that is
+asked what its reference will be asked next (`awaited`) answers for both in one pass, `textenv.pair`.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class LanguageModel:
             )
         self._slots: OrderedDict[tuple[int, int], _Slots] = OrderedDict()
         self.awaited: NDArray[np.int64] | None = None
-        """What an environment will ask about next, kept up to date by it. A small model's clone that is asked the same answers for both."""
+        """What this model will be asked next, kept up to date by its environment; None where that is not known. Shape: (N, L)."""
         self._original: weakref.ref[LanguageModel] | None = None  # of a clone that may do so
         self._joint: _Slots | None = None  # this model's and the original's
         self._answered: weakref.ref[_Slots] | None = None  # the same, held by the original
@@ -304,7 +305,7 @@ class LanguageModel:
         return verdicts[length]
 
     def _followed(self, observations: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and hidden states by the cache. Shape: (N, L) -> (N, V), (N, d)."""
+        """Logits and hidden states by the cache: this model's, or the one it shares. Shape: (N, L) -> (N, V), (N, d)."""
         if (joint := _alive(self._answered)) is not None and joint.knows(observations):
             return joint.logits[1], joint.states[1]
         original = _alive(self._original)

@@ -25,19 +25,18 @@ def pairable(a: nn.Module, b: nn.Module) -> bool:
     Small is without a layer that is worth packing for any number of rows.
     """
     decoder = Decoder.of(a)
-    shapes = [[(p.shape, p.dtype, p.device) for p in trunk.parameters()] for trunk in (a, b)]
-    if decoder is None or Decoder.of(b) is None or shapes[0] != shapes[1]:
+    if decoder is None:
         return False
-    weights, joined = (
-        decoder.weights,
-        [side for layer in decoder.layers for side in (layer.qkv.linears, layer.up.linears)],
-    )
+    joined = [side.linears for layer in decoder.layers for side in (layer.qkv, layer.up)]
     layers = [[part.parameters["weight"] for part in linears] for linears in joined]
+    shapes = [[(p.shape, p.dtype, p.device) for p in trunk.parameters()] for trunk in (a, b)]
     return (
-        weights.device.type == "cpu"
-        and weights.dtype == torch.float32
+        decoder.weights.device.type == "cpu"
+        and decoder.weights.dtype == torch.float32
         and all(size % WIDTHS == 0 for parts in layers for weight in parts for size in weight.shape)
         and all(sum(weight.numel() for weight in parts) < LARGE for parts in layers)
+        and shapes[0] == shapes[1]
+        and Decoder.of(b) is not None
     )
 
 
