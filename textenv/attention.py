@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 Attend: TypeAlias = Callable[[int, Tensor], Tensor]
 """Attention of a layer: its number, and each token's queries, keys and values (M, H + 2 K, h) -> (M, H h)."""
 
-LOWEST = torch.finfo(torch.float32).min
-"""Added to the score of what may not be seen."""
+
+def lowest(dtype: torch.dtype) -> float:
+    """Added to the score of what may not be seen."""
+    return torch.finfo(dtype).min
 
 
 class Rows:
@@ -35,7 +37,7 @@ class Rows:
 
     SHORT = 64
     """Rows of so many tokens and less are faster by plain products than by `scaled_dot_product_attention`."""
-    LATER = torch.from_numpy(np.triu(np.full((SHORT, SHORT), LOWEST, np.float32), 1))
+    LATER = torch.from_numpy(np.triu(np.full((SHORT, SHORT), lowest(torch.float32), np.float32), 1))
     """What a token may not see. (Made by numpy: torch would start threads on import, and what is forked after that hangs.)"""
 
     def __init__(self, decoder: Decoder, home: NDArray[np.bool_], number: NDArray[np.int64]) -> None:
@@ -108,7 +110,9 @@ class Slots:
         self.cells: tuple[Tensor, ...] = ()  # by layer, with keys and values of a token side by side: (N, T, 2, K, h)
         self.stored: list[tuple[Tensor, Tensor]] = []  # by layer, keys and values for products: (N K, T, h) each
         share = self.heads // self.kv_heads
-        self.mask = self.store.new_zeros(lanes, self.kv_heads, share, 0)  # of each row's last token
+        self.mask = self.store.new_zeros(
+            lanes, self.kv_heads, share, 0
+        )  # 0 where a row's last token sees: (N, K, H/K, T)
         self.replays = self.store.device.type == "cuda"  # whether steps of all lanes by one token are recorded
         self.steady: _Pass | None = None  # the last pass, if each of its rows grew by one token
         self.graph: _Graph | None = None  # of this width
@@ -128,7 +132,7 @@ class Slots:
             self.store[..., old.shape[4] :, :] = 0.0  # finite, for what is masked is still multiplied by 0
             self.cells = self.store.permute(0, 2, 4, 1, 3, 5).unbind()
             self.stored = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in self.store]
-            self.mask = F.pad(self.mask, (0, width - old.shape[4]), value=torch.finfo(old.dtype).min)
+            self.mask = F.pad(self.mask, (0, width - old.shape[4]), value=lowest(old.dtype))
             self.steady = self.graph = None
 
     @torch.inference_mode()
@@ -159,7 +163,7 @@ class Slots:
             now = _Pass(self, tokens, start, stop)
             self.steady = now if now.steady else None
             if len(begins := np.flatnonzero(start == 0)):
-                self.mask[torch.from_numpy(begins).to(self.mask.device)] = torch.finfo(self.mask.dtype).min
+                self.mask[torch.from_numpy(begins).to(self.mask.device)] = lowest(self.mask.dtype)
         rows, places = now.written
         self.mask.view(len(self.mask), -1, self.width)[rows, :, places] = 0.0  # seen from now on
         ids = torch.from_numpy(tokens[now.rows, now.columns]).to(self.store.device)
@@ -277,11 +281,11 @@ class _Reading:
 
 
 def _before_the_last(slots: Slots, first: NDArray[np.int64], count: NDArray[np.int64]) -> tuple[Tensor, _Grid]:
-    """Mask and grid of a `_Reading` by `count` tokens of each row, from place `first` on. Shapes: (B,), (B,)."""
+    """Mask and grid of a `_Reading` by `count` tokens of each row, from place `first` on. Shapes: (B,), (B,) -> (B, K, Q H/K, T)."""
     grid = _Grid(*_grid_of(count), slots.store.device)
     places = first[:, None] + np.arange(grid.shape[1])
     later = torch.from_numpy(np.arange(slots.width) > places[:, :, None]).to(slots.store.device)
-    mask = slots.store.new_zeros(later.shape).masked_fill_(later, torch.finfo(slots.store.dtype).min)
+    mask = slots.store.new_zeros(later.shape).masked_fill_(later, lowest(slots.store.dtype))
     share = slots.heads // slots.kv_heads  # query heads that read one key/value head
     return mask[:, None, :, None].expand(-1, slots.kv_heads, -1, share, -1).flatten(2, 3), grid
 

@@ -39,7 +39,7 @@ class Linear(NamedTuple):
     adapted: Any = None
     """A layer of `peft` around it, to be called in its place."""
     packed: Packed | None = None
-    """Both together, in their place."""
+    """Weight and bias for this processor, in place of `parameters`."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Decoder:
         return twin
 
     def fused(self) -> Decoder:
-        """The same, and layers that have been copied are packed."""
+        """The same, with query-key-value and gate-up packed."""
         twin = self.joined()
         twin.layers = [layer._replace(qkv=_packed(layer.qkv), up=_packed(layer.up)) for layer in twin.layers]
         return twin
@@ -191,7 +191,7 @@ class Decoder:
             x = _linear_and_add(up, layer.down, x)
         return self._normed(x, self.norm)
 
-    # These, and `_normed`, are what differs in a `Pair`.
+    # These, and `_normed`, are other in a `Pair`, whose weights have three dimensions.
 
     def _embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Shapes: (M,), (M,) -> (M, d)."""
@@ -208,7 +208,7 @@ class Decoder:
 
     def _apply(self, x: Tensor, layers: NormedLinears) -> Tensor:
         """Shape: (M, d) -> (M, outputs)."""
-        if len(x) >= JOIN_FROM * x.shape[1]:
+        if x.shape[-2] >= JOIN_FROM * x.shape[-1]:
             layers = _joined(layers)
         x = self._normed(x, layers.norm)
         if len(layers.linears) == 1:
@@ -232,7 +232,7 @@ class Decoder:
         limit = getattr(trunk.config, "max_position_embeddings", None)
         lengths = np.minimum(lengths, limit or 16)
         tokens = np.random.default_rng(0).integers(len(self.weights), size=(3, 16))
-        states, number = self.packed(tokens, lengths)
+        states, number = self.of_rows(tokens, lengths)
         for row, n, at in zip(tokens, lengths, number, strict=True):
             ids = torch.from_numpy(row[None, :n]).to(states.device)
             plain = trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state[0]
@@ -241,7 +241,7 @@ class Decoder:
                 return False
         return True
 
-    def packed(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
+    def of_rows(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         """Last hidden states of right-padded rows. Padding costs nothing; what rows have in common at their beginning is computed once where that pays.
 
         Args:
@@ -307,9 +307,7 @@ def _merged(linear: Linear) -> Linear:
 
 
 def _packed(layers: NormedLinears) -> NormedLinears:
-    """The same packed, where they are one matrix and that pays."""
-    if len(layers.linears) > 1:
-        return layers
+    """One matrix packed, where that pays."""
     (linear,) = layers.linears
     weight, bias = linear.parameters["weight"], linear.parameters["bias"]
     packed = Packed.of(weight.t() if linear.transposed else weight, bias, any_layout=True)

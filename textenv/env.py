@@ -127,7 +127,6 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         self._ledger: Ledger | None = None
         self._warned = False
         self.closed = False
-        self._await()
 
     # ------------------------------------------------------------------ what agents use beside reset and step
 
@@ -140,7 +139,6 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             pay: False where the agent has the KL in its loss, or nowhere: `info["kl"]` is reported all the same.
         """
         self.kl.attach(policy, pay)
-        self._await()
         self.reference.invalidate()
         if hasattr(policy, "invalidate"):
             policy.invalidate()
@@ -232,6 +230,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         self._begin(np.flatnonzero(mask), chosen)
         if self.render_mode == "human":
             self._print(np.flatnonzero(mask))
+        self._await()
         return self._tokens.copy(), self._start_info(mask & ~self._done)
 
     def _begin(self, lanes: INTS, chosen: INTS | None = None) -> None:
@@ -355,7 +354,12 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             if waiting.any():
                 self._begin(np.flatnonzero(waiting))
                 infos |= _merge(infos, self._start_info(waiting & ~self._done))
+        self._await()
         return self._tokens.copy(), rewards, ended, np.zeros(self.num_envs, bool), infos
+
+    def _await(self) -> None:
+        """Say what the reference will be asked at the next step, if it will be."""
+        self.reference.awaited = self._tokens if self.needs_reference and self._ledger is None else None
 
     def _kl_step(self, lanes: INTS, place: INTS, actions: INTS) -> NDArray[np.float64] | float:
         """Measure and pay the KL of these lanes' actions."""
@@ -546,8 +550,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
             raise ValueError(
                 "A deferred block refills lanes by itself: make the environment with autoreset_mode='SAME_STEP' or 'NEXT_STEP'."
             )
-        self._ledger = ledger
-        self._await()
+        self._ledger, self.reference.awaited = ledger, None
         fresh = ~self._done & (self._length == self._prompt_length)
         if fresh.all():  # reset just before the block: those are its first episodes
             self._done[ledger.size :] = True
@@ -555,13 +558,8 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
         else:  # nothing is carried over: the loop begins with a reset
             self._done[:], self._was_reset[:] = True, False
 
-    def _await(self) -> None:
-        """Say what the reference will be asked about at each step, if it will be."""
-        self.reference.awaited = self._tokens if self.needs_reference and self._ledger is None else None
-
     def _close(self, ledger: Ledger) -> None:
         self._ledger = None
-        self._await()
         self._done[:], self._was_reset[:] = True, False
 
     # ------------------------------------------------------------------ state, picture, end
@@ -654,6 +652,7 @@ class TextVectorEnv(gym.vector.VectorEnv[INTS, INTS, NDArray[Any]]):
     def close_extras(self, **kwargs: Any) -> None:
         """Free the caches."""
         self.reference.invalidate()
+        self.reference.awaited = None
 
 
 class TextEnv(gym.Env[INTS, np.int64]):

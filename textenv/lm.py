@@ -1,7 +1,7 @@
 """`LanguageModel`: a causal LM read as a function of observations, with a key/value cache that follows them.
 
 Whoever speaks plain Gymnasium gets key/value-cache speed: `next_logits(observations)` compares each lane's tokens with
-what its cache holds (N x L integers) and computes only what is new. No session, no cache handle, no private channel.
+what its cache holds (N x L integers) and computes only what is new. No session, no cache handle.
 
     the same tokens          the last logits, free
     some tokens longer       those tokens
@@ -9,7 +9,7 @@ what its cache holds (N x L integers) and computes only what is new. No session,
 
 The last rule keeps numbers independent of what a lane did before: a new prompt never reuses the keys of an old one.
 Passes go through `textenv.decoder` where it knows the architecture, and through `transformers` where not. A small policy that is
-asked what its reference will be asked next (`awaited`) answers for both in one pass, `textenv.pair`.
+asked what its reference will be asked next (`awaited`) answers for both in one pass, `textenv.pair`; alone it says the same, to rounding.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ class LanguageModel:
         self.awaited: NDArray[np.int64] | None = None
         """What this model will be asked next, kept up to date by its environment; None where that is not known. Shape: (N, L)."""
         self._original: weakref.ref[LanguageModel] | None = None  # of a clone that may do so
-        self._joint: _Slots | None = None  # this model's and the original's
-        self._answered: weakref.ref[_Slots] | None = None  # the same, held by the original
+        self._joint: _Slots | None = None  # the cache of this model and its original
+        self._shared: weakref.ref[_Slots] | None = None  # the same, as the original knows it
+        self._alone = False  # whether the two do not fit together (any more)
         self._packed_head: Packed | None = None
         self._weights = _WeightWatch(model)
         self._calls = 0
@@ -137,7 +138,12 @@ class LanguageModel:
         self.generation += 1
         self._slots.clear()
         self._packed_head = None
-        self._joint = self._answered = None
+        self._joint, self._shared, self._alone = None, None, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is cached: a copy makes its own."""
+        forgotten = dict.fromkeys(("_packed_head", "_original", "_joint", "_shared"))
+        return vars(self) | forgotten | {"_slots": OrderedDict(), "_weights": _WeightWatch(self.model)}
 
     def refresh(self) -> bool:
         """Forget everything cached if the weights have changed since the last call; whether they had."""
@@ -157,23 +163,19 @@ class LanguageModel:
     def shared_logits(self, observations: NDArray[np.int64]) -> torch.Tensor:
         """As `next_logits`, without a copy: the cache's own numbers, to be read before the next call and never written."""
         observations = np.asarray(observations)
+        self.refresh()
         if not self._cache_serves(observations.shape[1]):
             return self._encode(observations)
-        self.refresh()
-        logits, _ = self._followed(observations)
-        if self.check:
-            self._check_one_lane(observations, logits)
-        return logits
+        return self._followed(observations)[0]
 
     @torch.no_grad()
     def next_hidden(self, observations: NDArray[np.int64]) -> torch.Tensor:
         """The last hidden states that `next_logits` reads; right after it, free. Shape: (N, L) -> (N, d)."""
         observations = np.asarray(observations)
+        self.refresh()
         if not self._cache_serves(observations.shape[1]):
             return self.last_hidden(observations)
-        self.refresh()
-        _, states = self._followed(observations)
-        return states.clone()
+        return self._followed(observations)[1].clone()
 
     @torch.no_grad()
     def log_probs_all(self, observations: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -305,30 +307,43 @@ class LanguageModel:
         return verdicts[length]
 
     def _followed(self, observations: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and hidden states by the cache: this model's, or the one it shares. Shape: (N, L) -> (N, V), (N, d)."""
-        if (joint := _alive(self._answered)) is not None and joint.knows(observations):
-            return joint.logits[1], joint.states[1]
-        original = _alive(self._original)
-        if original is not None and original.awaited is not None and np.array_equal(original.awaited, observations):
-            joint = self._joint_slots(original, *observations.shape)
-            if joint is not None:
-                joint.follow([self, original], observations)
-                return joint.logits[0], joint.states[0]
-        slots = self._slots_for(*observations.shape)
-        slots.follow([self], observations)
-        return slots.logits[0], slots.states[0]
+        """Logits and hidden states by the cache. Shape: (N, L) -> (N, V), (N, d)."""
+        shared = _alive(self._shared)
+        if shared is not None and shared.knows(observations):
+            slots, side = shared, 1
+        elif (joint := self._joint_slots(observations)) is not None:
+            slots, side = joint, 0
+        else:
+            slots, side = self._slots_for(*observations.shape), 0
+            slots.follow([self], observations)
+        if self.check:
+            self._check_one_lane(observations, slots.logits[side])
+        return slots.logits[side], slots.states[side]
 
-    def _joint_slots(self, original: LanguageModel, lanes: int, width: int) -> _Slots | None:
-        """The cache of both, made anew when either has forgotten it; None where they do not fit together (any more)."""
-        joint = self._joint
-        if joint is None or joint is not _alive(original._answered) or joint.tokens.shape != (lanes, width):
+    def _joint_slots(self, observations: NDArray[np.int64]) -> _Slots | None:
+        """The cache of this model and its original, up to date, where the original awaits the same and has no answer yet."""
+        original = _alive(self._original)
+        if original is None:
+            self._joint = None
+            return None
+        if original.awaited is None or self._alone or not np.array_equal(original.awaited, observations):
+            return None
+        shared, own = _alive(original._shared), original._slots.get(observations.shape)
+        if (shared is not None and shared is not self._joint) or (own is not None and own.knows(observations)):
+            return None  # another clone has answered, or the original itself
+        if shared is None or shared.tokens.shape != observations.shape:
             original.refresh()
             pair = paired(self.model.base_model, original.model.base_model)
-            joint = None if pair is None else _Slots(Slots(pair, lanes, width), lanes, width)
-            self._joint, original._answered = joint, None if joint is None else weakref.ref(joint)
+            if pair is None:
+                self._joint, self._alone = None, True
+                return None
+            self._joint = _Slots(Slots(pair, *observations.shape), *observations.shape)
+            original._shared = weakref.ref(self._joint)
             self._pack_head()
             original._pack_head()
-        return joint
+        assert self._joint is not None
+        self._joint.follow([self, original], observations)
+        return self._joint
 
     def _slots_for(self, lanes: int, width: int) -> _Slots:
         """The cache of this batch size; a batch of another size is another set of lanes. The four last used are kept."""
@@ -417,14 +432,6 @@ class LanguageModel:
 
 class _CacheMismatchError(Exception):
     """The probe's cached logits differ from the plain forward pass."""
-
-
-_T = TypeVar("_T")
-
-
-def _alive(reference: weakref.ref[_T] | None) -> _T | None:
-    """What is referred to, if it is still there."""
-    return None if reference is None else reference()
 
 
 class _Slots:
@@ -594,6 +601,14 @@ class _SlotLayer(CacheLayerMixin):
         return self.width
 
 
+_T = TypeVar("_T")
+
+
+def _alive(reference: weakref.ref[_T] | None) -> _T | None:
+    """What is referred to, if it is still there."""
+    return None if reference is None else reference()
+
+
 class _WeightWatch:
     """Notices that weights have changed.
 
@@ -665,7 +680,7 @@ def trunk_states(
     """
     device = next(trunk.parameters()).device
     if (decoder := Decoder.of(trunk)) is not None:
-        states, number = decoder.packed(tokens, lengths)
+        states, number = decoder.of_rows(tokens, lengths)
         return states.index_select(0, torch.from_numpy(number[rows, columns]).to(device))
     width = int(lengths.max())
     padded = np.arange(width) >= lengths[:, None]

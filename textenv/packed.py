@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PACK_FROM, LARGE = 40_000, 100_000
-"""Weights of a layer that is packed, and of one that is for any number of rows."""
+"""Weights of a layer that is packed, and of one that is packed for any number of rows."""
 
-FEW_ROWS, WIDE = 64, 4
-"""So few rows are not worth the 30 microseconds that go before a packed product begins, unless the layer is large. With so many times
-as many outputs as inputs they are multiplied from the other side, where two threads are a quarter faster, if the result may lie
-feature by feature."""
+FEW_ROWS = 64
+"""So few rows are not worth the 30 microseconds that go before a packed product begins, unless the layer is large."""
+
+WIDE = 4
+"""With so many times as many outputs as inputs, few rows are multiplied from the other side if the result may lie feature by feature:
+two threads are a quarter faster."""
 
 EVERY_COUNT, ROUND_TO = 128, 16
 """More rows than that are filled up to a multiple of this: the first product of each count costs about a millisecond."""
@@ -28,7 +30,7 @@ class Packed:
     """Weight and bias of a layer. It does not follow the weights: make it again when they change."""
 
     layout: Tensor
-    """As oneDNN has it."""
+    """The weight as oneDNN has it: opaque, it can only be multiplied by."""
     weight: Tensor | None
     """As it was, for few rows; None where the layer is large. Shape: (outputs, inputs)."""
     bias: Tensor | None
@@ -46,8 +48,8 @@ class Packed:
             or not (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and BFLOAT16_PACKS))
         ):
             return None
-        weight = weight.detach()
-        layout = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        weight = weight.detach().contiguous()
+        layout = torch.ops.mkldnn._reorder_linear_weight(weight)
         return cls(layout, None if weight.numel() >= LARGE else weight, bias, any_layout)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ class Packed:
             if self.bias is None:
                 return torch.mm(self.weight, x.t()).t()
             return torch.addmm(self.bias[:, None], self.weight, x.t()).t()
-        if rows > EVERY_COUNT:
-            x = F.pad(x, (0, 0, 0, -rows % ROUND_TO))
+        if rows > EVERY_COUNT and (missing := -rows % ROUND_TO):
+            x = F.pad(x, (0, 0, 0, missing))
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.layout, self.bias, "none", [], "")
         return out[:rows]

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from textenv.decoder import Decoder, Layer, Linear, NormedLinears
 from textenv.packed import LARGE
 
-WIDTHS = 16
-"""What features come in multiples of: then processors treat both models' alike, to the last bit, and equal models give equal numbers."""
+MULTIPLE = 16
+"""Of which all widths are: then a processor treats both models alike to the last bit, and equal models give equal numbers."""
 
 
 def pairable(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two trunks are faster in one pass: small ones of one shape, in float32 on a CPU.
+    """Whether two trunks are faster in one pass: small ones of one configuration, in float32 on a CPU, of widths that suit.
 
-    Small is without a layer that is worth packing for any number of rows.
+    Small is without a layer that is packed for any number of rows.
     """
     decoder = Decoder.of(a)
     if decoder is None:
@@ -33,9 +33,10 @@ def pairable(a: nn.Module, b: nn.Module) -> bool:
     return (
         decoder.weights.device.type == "cpu"
         and decoder.weights.dtype == torch.float32
-        and all(size % WIDTHS == 0 for parts in layers for weight in parts for size in weight.shape)
+        and all(size % MULTIPLE == 0 for parts in layers for weight in parts for size in weight.shape)
         and all(sum(weight.numel() for weight in parts) < LARGE for parts in layers)
         and shapes[0] == shapes[1]
+        and getattr(a, "config", None) == getattr(b, "config", None)
         and Decoder.of(b) is not None
     )
 
@@ -55,11 +56,9 @@ class Pair(Decoder):
     def __init__(self, a: Decoder, b: Decoder) -> None:
         a, b = a.joined(), b.joined()
         vars(self).update(vars(a))
-        self.counts = [a.heads, a.kv_heads, a.kv_heads]
+        self.both = a, b
         self.heads, self.kv_heads = 2 * a.heads, 2 * a.kv_heads
-        self.embedding, self.norm = _both_tables(a.embedding, b.embedding), _both_norms(a.norm, b.norm)
-        if a.positions is not None and b.positions is not None:
-            self.positions = _both_tables(a.positions, b.positions)
+        self.norm = _both_norms(a.norm, b.norm)
         self.layers = [
             Layer(
                 NormedLinears(_both_norms(x.qkv.norm, y.qkv.norm), [_both(x.qkv.linears[0], y.qkv.linears[0])]),
@@ -72,12 +71,12 @@ class Pair(Decoder):
 
     def _embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Shapes: (M,), (M,) -> (2, M, d)."""
-        x = self.weights[:, ids]
-        return x if self.positions is None else x + self.positions.parameters["weight"][:, positions]
+        return torch.stack([one._embedded(ids, positions) for one in self.both])
 
     def _heads_of(self, qkv: Tensor) -> Tensor:
         """Queries of both, keys of both, values of both. Shape: (2, M, (H + 2 K) h) -> (M, 2 H + 4 K, h)."""
-        parts = qkv.unflatten(2, (-1, self.head_size)).split(self.counts, dim=2)
+        heads, kv_heads = self.both[0].heads, self.both[0].kv_heads
+        parts = qkv.unflatten(2, (-1, self.head_size)).split([heads, kv_heads, kv_heads], dim=2)
         return torch.cat([one for part in parts for one in part], dim=1)
 
     def _features_of(self, heads: Tensor) -> Tensor:
@@ -97,11 +96,6 @@ def _both(a: Linear, b: Linear) -> Linear:
     weights = [part.parameters["weight"].detach() for part in (a, b)]
     weight = torch.stack(weights if a.transposed else [w.t() for w in weights])
     return Linear({"weight": weight, "bias": _stacked(a, b, "bias")})
-
-
-def _both_tables(a: Linear, b: Linear) -> Linear:
-    """Embeddings. Shape: (2, V, d)."""
-    return Linear({"weight": torch.stack([part.parameters["weight"].detach() for part in (a, b)])})
 
 
 def _both_norms(a: Linear, b: Linear) -> Linear:

@@ -77,7 +77,7 @@ def test_whole_rows_and_their_gradients_are_those_of_the_plain_model(
     tokens, lengths = some_rows(), np.array([5, 12, 1, 7])
     for row, (other, n) in beginnings.items():
         tokens[row, :n] = tokens[other, :n]
-    states, number = decoder.packed(tokens, lengths)
+    states, number = decoder.of_rows(tokens, lengths)
     alike = {tuple(row[: t + 1]) for row, n in zip(tokens, lengths, strict=True) for t in range(n)}
     assert len(states) == len(alike)  # each beginning is computed once
     ours = torch.cat([states[torch.from_numpy(at[:n])] for at, n in zip(number, lengths, strict=True)])
@@ -91,13 +91,16 @@ def test_whole_rows_and_their_gradients_are_those_of_the_plain_model(
         torch.testing.assert_close(p.grad, q.grad, atol=1e-3, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("pack_from", [1, 1_000_000], ids=["packed", "plain"])
+@pytest.mark.parametrize(
+    ("pack_from", "few_rows"), [(1, 1), (1, 64), (1_000_000, 64)], ids=["packed", "packed, few rows", "plain"]
+)
 @torch.no_grad()
 def test_lanes_that_begin_grow_and_share_a_prompt_in_one_pass(
-    known: Any, pack_from: int, monkeypatch: pytest.MonkeyPatch
+    known: Any, pack_from: int, few_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("textenv.packed.PACK_FROM", pack_from)
-    monkeypatch.setattr("textenv.packed.FEW_ROWS", 1)
+    monkeypatch.setattr("textenv.packed.FEW_ROWS", few_rows)
+    monkeypatch.setattr("textenv.packed.WIDE", 1)
     monkeypatch.setattr(Slots, "BLOCK", 4)  # so that the store grows on the way: 8 wide, then 12
     decoder = Decoder.of(known.base_model)
     assert decoder is not None

@@ -28,10 +28,13 @@ def test_a_packed_layer_says_what_the_plain_one_says(rows: int, outputs: int, bi
 
 @needs_onednn
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_wide_layer_may_answer_feature_by_feature_where_that_is_said(biased: bool) -> None:
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_wide_layer_may_answer_feature_by_feature_where_that_is_said(biased: bool, transposed: bool) -> None:
     x, weight, bias = torch.randn(16, 112), torch.randn(112 * WIDE, 112), torch.randn(112 * WIDE) if biased else None
-    packed = Packed.of(weight, bias, any_layout=True)
+    packed = Packed.of(weight.t().contiguous().t() if transposed else weight, bias, any_layout=True)
     assert packed is not None
+    assert packed.weight is not None
+    assert packed.weight.is_contiguous()  # by input it would be multiplied 20 times slower
     out = packed(x)
     assert out.t().is_contiguous()
     torch.testing.assert_close(out, F.linear(x, weight, bias), atol=1e-4, rtol=1e-4)

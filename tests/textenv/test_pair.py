@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from typing import Any
 
@@ -72,7 +74,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 STAGES = [observe(5, 2, 8), observe(6, 3, 9), observe(7, 1, 12), observe(7, 4, 12), observe(1, 5, 12, seed=1)]
 
 
-def test_one_pass_says_what_both_models_say(policy: Any, reference: Any, passes: list[bool]) -> None:
+def test_one_pass_says_what_both_models_say(
+    policy: Any, reference: Any, passes: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(textenv.attention.Slots, "BLOCK", 4)  # so that the store grows on the way
     for observations in STAGES:
         reference.awaited = observations
         for lm in (policy, reference):
@@ -145,19 +150,75 @@ def test_each_checks_itself(reference: Any) -> None:
 def test_models_of_different_shapes_go_by_themselves(policy: Any, reference: Any, passes: list[bool]) -> None:
     policy.model.resize_token_embeddings(VOCAB + 4)
     reference.awaited = STAGES[0]
-    policy.shared_logits(STAGES[0])
-    assert passes == [False]
+    logits = policy.next_logits(STAGES[0])[:, :VOCAB]
+    torch.testing.assert_close(logits, plain(policy, STAGES[0])[:, :VOCAB], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(reference.next_logits(STAGES[0]), plain(reference, STAGES[0]), atol=1e-4, rtol=1e-4)
+    assert passes == [False, False]
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"intermediate_size": 1600}, {"intermediate_size": 24}, {"dtype": torch.bfloat16}],
-    ids=["large", "odd widths", "half precision"],
+    ("changes", "dtype", "pays"),
+    [
+        ({}, torch.float32, True),
+        ({"intermediate_size": 1600}, torch.float32, False),
+        ({"intermediate_size": 24}, torch.float32, False),
+        ({}, torch.bfloat16, False),
+    ],
+    ids=["small", "large", "odd widths", "half precision"],
 )
-def test_what_would_not_be_faster_or_equal_is_not_paired(changes: dict[str, Any]) -> None:
-    dtype = changes.pop("dtype", torch.float32)
+def test_what_would_not_be_faster_or_equal_is_not_paired(
+    changes: dict[str, Any], dtype: torch.dtype, pays: bool
+) -> None:
     model = tiny_model("llama", **{**ARCHITECTURES["llama"], "hidden_size": 64, **changes}).to(dtype)
-    assert not pairable(model.base_model, model.base_model)
+    assert pairable(model.base_model, copy.deepcopy(model.base_model)) == pays
+
+
+def test_models_that_differ_in_what_is_no_weight_are_not_paired(reference: LanguageModel) -> None:
+    other = reference.clone()
+    assert pairable(reference.model.base_model, other.model.base_model)
+    other.model.config.update({"rms_norm_eps": 0.1, "layer_norm_epsilon": 0.1})
+    assert not pairable(reference.model.base_model, other.model.base_model)
+
+
+def test_two_clones_do_not_take_the_pass_from_each_other(policy: Any, reference: Any, passes: list[bool]) -> None:
+    other = reference.clone()
+    for observations in STAGES:
+        reference.awaited = observations
+        for lm in (policy, other, reference):
+            torch.testing.assert_close(lm.next_logits(observations), plain(lm, observations), atol=1e-4, rtol=1e-4)
+    assert passes == [True, False] * len(STAGES)
+
+
+def test_a_reference_that_is_asked_first_is_not_asked_twice(policy: Any, reference: Any, passes: list[bool]) -> None:
+    for observations in STAGES:
+        reference.awaited = observations
+        for lm in (reference, policy):
+            torch.testing.assert_close(lm.next_logits(observations), plain(lm, observations), atol=1e-4, rtol=1e-4)
+    assert passes == [False, False] * len(STAGES)
+
+
+def test_the_reference_goes_on_without_its_policy(reference: Any, passes: list[bool]) -> None:
+    policy = reference.clone()
+    reference.awaited = STAGES[0]
+    policy.next_logits(STAGES[0])
+    del policy
+    gc.collect()
+    torch.testing.assert_close(reference.next_logits(STAGES[0]), plain(reference, STAGES[0]), atol=1e-4, rtol=1e-4)
+    assert passes == [True, False]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))], ids=["copy", "pickle"])
+def test_copies_leave_the_caches_behind(policy: Any, reference: Any, copied: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("textenv.packed.PACK_FROM", 1)
+    reference.awaited = STAGES[0]
+    policy.next_logits(STAGES[0])
+    policy.next_logits(STAGES[1])  # by a cache of its own, with packed layers
+    for lm in (policy, reference):
+        twin = copied(lm)
+        move(twin)
+        for original in (twin, lm):
+            expected = plain(original, STAGES[0])
+            torch.testing.assert_close(original.next_logits(STAGES[0]), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_step_lane_makes_one_pass_and_the_deferred_lane_is_the_policys(passes: list[bool]) -> None:
@@ -180,15 +241,28 @@ def test_the_step_lane_makes_one_pass_and_the_deferred_lane_is_the_policys(passe
     assert not any(passes[20:])
 
 
+@pytest.mark.parametrize("autoreset_mode", ["SAME_STEP", "NEXT_STEP"])
 @pytest.mark.parametrize("lanes", [1, 7, 64])
-def test_the_kl_of_the_reference_with_itself_is_exactly_zero(lanes: int) -> None:
-    envs = gym.make_vec("textenv/Tree-v0", num_envs=lanes, beta=0.1)
+def test_the_kl_of_the_reference_with_itself_is_exactly_zero(
+    lanes: int, autoreset_mode: str, passes: list[bool]
+) -> None:
+    envs = gym.make_vec("textenv/Tree-v0", num_envs=lanes, beta=0.1, autoreset_mode=autoreset_mode)
     envs.unwrapped.attach_policy(envs.unwrapped.reference.clone())
     envs.reset(seed=0)
     rng, kl = np.random.default_rng(0), []
+    passes.clear()
     for _ in range(40):
         *_, info = envs.step(rng.integers(envs.unwrapped.vocab_size, size=lanes))
-        final = info.get("final_info", {})
+        final = info.get("final_info", info)
         kl.extend(final["kl"][final["_kl"]] if "kl" in final else [])
+    assert passes == [True] * 40
     assert len(kl) > lanes
     assert not np.any(kl)
+
+
+def test_equal_models_with_grouped_heads_say_the_same_to_the_last_bit() -> None:
+    reference = LanguageModel(tiny_model("llama", **ARCHITECTURES["llama"]), LENGTH)
+    policy = reference.clone()
+    for observations in STAGES:
+        reference.awaited = observations
+        assert torch.equal(policy.next_logits(observations), reference.next_logits(observations))
