@@ -255,7 +255,8 @@ def test_the_kl_of_the_reference_with_itself_is_exactly_zero(
         *_, info = envs.step(rng.integers(envs.unwrapped.vocab_size, size=lanes))
         final = info.get("final_info", info)
         kl.extend(final["kl"][final["_kl"]] if "kl" in final else [])
-    assert passes == [True] * 40
+    assert all(passes)
+    assert len(passes) > 20  # an episode that begins as the last one did needs none
     assert len(kl) > lanes
     assert not np.any(kl)
 
