@@ -268,6 +268,19 @@ def test_a_packed_head_is_packed_again_after_an_optimiser_step(monkeypatch: pyte
         np.testing.assert_allclose(scores[0], [log_p[0, 4].item(), log_p[1, 5].item()], atol=1e-4)
 
 
+def test_a_packed_head_is_packed_again_where_the_cache_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("textenv.packed.PACK_FROM", 1)
+    monkeypatch.setattr("textenv.packed.FEW_ROWS", 1)
+    model = tiny_model("llama")
+    lm, rows = LanguageModel(model, 12, cached=False), np.array([[3, 4, 5, *[VOCAB] * 9], [6, *[VOCAB] * 11]])
+    lm.score(rows[:1], np.array([1]), np.array([2]))
+    assert lm._packed_head is not None
+    with torch.no_grad():
+        model.lm_head.weight += 0.1
+        expected = torch.stack([model.lm_head(plain_states(model, row)[-1]) for row in (rows[0, :3], rows[1, :1])])
+    torch.testing.assert_close(lm.next_logits(rows), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 0.3)])
 @torch.no_grad()
