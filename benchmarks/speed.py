@@ -608,9 +608,8 @@ def run_part(name: str, bench: Bench) -> tuple[list[Row] | list[Curve], dict[tup
 
 def clean_processes() -> multiprocessing.context.BaseContext:
     """What starts processes in which nothing has run before."""
-    linux = (
-        sys.platform == "linux"
-    )  # elsewhere a library may have started threads by then, which a fork does not survive
+    # Elsewhere a library may have started threads by then, which a fork does not survive.
+    linux = sys.platform == "linux"
     context = multiprocessing.get_context("forkserver" if linux else "spawn")
     if linux:
         context.set_forkserver_preload([__name__])  # imported once for all

@@ -109,10 +109,8 @@ class Slots:
         )
         self.cells: tuple[Tensor, ...] = ()  # by layer, with keys and values of a token side by side: (N, T, 2, K, h)
         self.stored: list[tuple[Tensor, Tensor]] = []  # by layer, keys and values for products: (N K, T, h) each
-        share = self.heads // self.kv_heads
-        self.mask = self.store.new_zeros(
-            lanes, self.kv_heads, share, 0
-        )  # 0 where a row's last token sees: (N, K, H/K, T)
+        # from each row's last token, 0 where it sees: (N, K, H/K, T)
+        self.mask = self.store.new_zeros(lanes, self.kv_heads, self.heads // self.kv_heads, 0)
         self.replays = self.store.device.type == "cuda"  # whether steps of all lanes by one token are recorded
         self.steady: _Pass | None = None  # the last pass, if each of its rows grew by one token
         self.graph: _Graph | None = None  # of this width
