@@ -55,7 +55,7 @@ class Rows:
         q, k, v = self.grid.spread(qkv).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if self.mask is not None:
-            out = _by_products(q, k.flatten(0, 1), v.flatten(0, 1), self.mask)
+            out = _by_products(q, k.flatten(0, 1).mT, v.flatten(0, 1), self.mask)
         else:
             grouped = self.heads != self.kv_heads
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=grouped)
@@ -64,13 +64,13 @@ class Rows:
 
 
 def _by_products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Masked attention by two products of matrices.
+    """Masked attention by two products of matrices, after a copy that puts the queries of a head together.
 
     Args:
         q: Shape: (B, Q, H, h).
-        keys: Shape: (B K, T, h).
+        keys: Shape: (B K, h, T).
         values: Shape: (B K, T, h).
-        mask: Added to the scores; one row for each query and each of the heads that share keys. Shape: (..., Q H/K, T).
+        mask: As in `_products`. Shape: (..., Q H/K, T).
 
     Returns:
         Shape: (B, Q, H h).
@@ -78,9 +78,24 @@ def _by_products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     rows, queries, _, size = q.shape
     heads = len(keys) // rows
     asked = q.reshape(rows, queries, heads, -1).transpose(1, 2).reshape(len(keys), -1, size)
-    scores = torch.baddbmm(mask, asked, keys.mT, alpha=size**-0.5)
-    out = torch.bmm(scores.softmax(dim=-1), values).view(rows, heads, queries, -1).transpose(1, 2)
+    out = _products(asked, keys, values, mask).view(rows, heads, queries, -1).transpose(1, 2)
     return out.reshape(rows, queries, -1)
+
+
+def _products(asked: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """What each query reads of the keys and values of its row and head.
+
+    Args:
+        asked: Queries, for each those of all heads that share keys. Shape: (B K, Q H/K, h).
+        keys: Shape: (B K, h, T).
+        values: Shape: (B K, T, h).
+        mask: Added to the scores. Shape: (..., Q H/K, T).
+
+    Returns:
+        Shape: (B K, Q H/K, h).
+    """
+    scores = torch.baddbmm(mask, asked, keys, alpha=asked.shape[2] ** -0.5)
+    return torch.bmm(scores.softmax(dim=-1), values)
 
 
 # ---------------------------------------------------------------------- keys and values that are kept
@@ -249,7 +264,7 @@ class _Pass:
         kept = qkv[:, self.heads :]
         if self.source is not None:
             kept = kept.index_select(0, self.source)
-        self.cells[layer][self.written] = kept.unflatten(1, (2, -1))
+        self.cells[layer].index_put_(self.written, kept.view(len(kept), 2, -1, kept.shape[2]))
         if self.steady:
             return self.last(layer, qkv)
         parts = zip(self.parts, qkv.split([tokens for tokens, _ in self.parts]), strict=True)
@@ -266,15 +281,16 @@ class _Reading:
     """
 
     def __init__(self, slots: Slots, mask: Tensor, grid: _Grid | None = None) -> None:
-        self.heads, self.stored, self.grid = slots.heads, slots.stored, grid
-        self.mask = mask.flatten(0, 1)
+        self.heads, self.grid, self.mask = slots.heads, grid, mask.flatten(0, 1)
+        rows = len(self.mask)
+        self.stored = [(keys[:rows].mT, values[:rows]) for keys, values in slots.stored]
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """See `Attend`."""
-        keys, values = (kept[: len(self.mask)] for kept in self.stored[layer])
+        keys, values = self.stored[layer]
         queries = qkv[:, : self.heads]
-        if self.grid is None:
-            return _by_products(queries[:, None], keys, values, self.mask).flatten(0, 1)
+        if self.grid is None:  # the heads of a query that share keys stand together: nothing to be copied apart
+            return _products(queries.reshape(len(keys), -1, qkv.shape[2]), keys, values, self.mask).view(len(qkv), -1)
         return self.grid.gather(_by_products(self.grid.spread(queries), keys, values, self.mask))
 
 

@@ -122,9 +122,9 @@ class Decoder:
             twin.layers = [
                 Layer(
                     _joined(replace(layer.qkv, linears=[_merged(part) for part in layer.qkv.linears])),
-                    _merged(layer.attention_out),
+                    _turned(_merged(layer.attention_out)),
                     _joined(replace(layer.up, linears=[_merged(part) for part in layer.up.linears])),
-                    _merged(layer.down),
+                    _turned(_merged(layer.down)),
                 )
                 for layer in self.layers
             ]
@@ -304,6 +304,13 @@ def _merged(linear: Linear) -> Linear:
             if name in linear.adapted.lora_A:
                 weight += linear.adapted.get_delta_weight(name)
     return Linear({"weight": weight, "bias": linear.parameters["bias"]}, linear.transposed)
+
+
+def _turned(linear: Linear) -> Linear:
+    """The same, with its weight as (in, out)."""
+    if linear.transposed:
+        return linear
+    return Linear({"weight": linear.parameters["weight"].t(), "bias": linear.parameters["bias"]}, transposed=True)
 
 
 def _packed(layers: NormedLinears) -> NormedLinears:

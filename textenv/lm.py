@@ -88,6 +88,10 @@ class LanguageModel:
         self.behaviour = behaviour or Behaviour()
         self.check = check
         self.vocab_size = vocab_size(model)
+        config = model.config.get_text_config()
+        self._scale = getattr(config, "logit_scale", None)  # of Cohere
+        self._scaling = getattr(config, "logits_scaling", None)  # of Granite
+        self._cap = getattr(config, "final_logit_softcapping", None)  # of Gemma 2
         positions = max_positions(model)
         if positions is not None and max_tokens > positions:
             raise ValueError(
@@ -268,19 +272,17 @@ class LanguageModel:
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Raw logits from last hidden states, float32. A subclass may add to them. Shape: (M, d) -> (M, V)."""
-        config = self.model.config.get_text_config()
-        embeddings = self.model.get_output_embeddings()
         logits: torch.Tensor
         if self._packed_head is None or torch.is_grad_enabled():
-            logits = embeddings(hidden)
+            logits = self.model.get_output_embeddings()(hidden)
         else:
             logits = self._packed_head(hidden)
-        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * scale
-        if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / scaling
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
-            logits = torch.tanh(logits / cap) * cap
+        if self._scale is not None:
+            logits = logits * self._scale
+        if self._scaling is not None:
+            logits = logits / self._scaling
+        if self._cap is not None:
+            logits = torch.tanh(logits / self._cap) * self._cap
         return logits.float()
 
     def _pack_head(self) -> None:

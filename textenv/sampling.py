@@ -106,14 +106,14 @@ def log_prob_and_entropy(logits: torch.Tensor, actions: torch.Tensor) -> tuple[t
 
 
 class _Scores(torch.autograd.Function):
-    """One array of (M, V) at a time, forward and backward, beside the logits themselves."""
+    """Keeps probabilities for the backward pass, where autograd would keep logits or their logarithms: nobody needs those any more."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, actions: torch.Tensor, with_entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ctx.save_for_backward(logits, actions)
         p = logits.softmax(dim=-1)
+        ctx.save_for_backward(p, actions)
         normaliser = log_sum_exp(logits, p)
         chosen = logits.gather(-1, actions[..., None]).squeeze(-1) - normaliser
         if not with_entropy:
@@ -124,8 +124,8 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:
-        logits, actions = ctx.saved_tensors
-        out = logits.softmax(dim=-1).mul_(-gradient[..., None])
+        p, actions = ctx.saved_tensors
+        out = p * -gradient[..., None]
         return out.scatter_add_(-1, actions[..., None], gradient[..., None]), None, None
 
 
@@ -143,9 +143,14 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     return _entropy(logits, p, log_sum_exp(logits, p))
 
 
+ENTROPY_AT_ONCE = 1 << 18
+"""Logits that a processor's cache holds with their products with probabilities: no array of (M, V) is made of these."""
+
+
 def _entropy(logits: torch.Tensor, p: torch.Tensor, normaliser: torch.Tensor) -> torch.Tensor:
-    """Overwrites `p`."""
-    return normaliser - p.mul_(logits.clamp(min=-1e9)).sum(dim=-1)
+    rows = max(1, ENTROPY_AT_ONCE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    parts = zip(logits.split(rows), p.split(rows), strict=True)
+    return normaliser - torch.cat([(x * q).nansum(dim=-1) for x, q in parts])  # -inf times 0 counts nothing
 
 
 DRAW_DIRECTLY = 2_048
