@@ -188,7 +188,7 @@ def make_tables(report: Mapping[str, Any], size: Size, beta: float, group_size: 
         f"{rollout_episodes(n, True)} episodes in {n} lanes with a cap of {rollout_budget(size, n)}" for n in size.lanes
     )
     n = size.lanes[len(size.lanes) // 2]
-    large = f"; {size.large}: half as many, three rounds" if size.large else ""
+    large = f"; {size.large}: half as many" if size.large else ""
     episodes, budget = size.iteration
     count = report["machine"]["cores"]
     trl = f"{'two CPU cores' if count == 2 else f'CPU cores: {count}'}, Transformers generation, no vLLM"

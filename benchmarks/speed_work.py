@@ -69,7 +69,7 @@ class Size:
     shapes: tuple[str, ...]
     """Models of all parts, small ones first."""
     large: str | None
-    """A model of the rollouts only, at the fewest lanes and with three rounds."""
+    """A model of the rollouts only, at the fewest lanes."""
     lanes: tuple[int, ...]
     """Of the rollouts."""
     budget: int
@@ -78,14 +78,23 @@ class Size:
     """Episodes and response tokens of an RLOO, GRPO or PPO iteration."""
     update: tuple[int, ...]
     """Episodes of the PPO update against prefix rows, per model."""
-    repeats: int
-    """Rounds."""
+    rounds: tuple[int, ...]
+    """Per model, the large one last: more of those that take a second, for these scatter."""
     env_lanes: tuple[int, ...]
     """Of the environment alone."""
     growth: Mapping[str, tuple[int, ...]]
     """What grows, and how far."""
     base: Mapping[str, int]
     """Where it stays meanwhile."""
+
+    def rounds_of(self, shape: Shape) -> int:
+        """Rounds of a model."""
+        return self.rounds[(*self.shapes, self.large).index(shape.name)]
+
+    @property
+    def rounds_of_curves(self) -> int:
+        """Rounds of the environment alone and of what grows."""
+        return min(5, self.rounds[0])
 
 
 SIZES = {
@@ -96,7 +105,7 @@ SIZES = {
         budget=64,
         iteration=(64, 48),
         update=(16, 8),
-        repeats=5,
+        rounds=(11, 5, 3),
         env_lanes=(1, 4, 16, 64, 256, 1024),
         growth={
             "lanes": (1, 4, 16, 64, 256),
@@ -113,7 +122,7 @@ SIZES = {
         budget=9,
         iteration=(8, 6),
         update=(4,),
-        repeats=2,
+        rounds=(2,),
         env_lanes=(1, 4),
         growth={"lanes": (1, 2), "vocabulary": (64, 128), "length": (4, 8), "width": (16, 32)},
         base={"lanes": 2, "vocabulary": 64, "length": 4, "width": 16},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from textenv import Behaviour
-from textenv.sampling import draw, draw_scored, entropy, log_prob
+from textenv.sampling import draw, draw_scored, entropy, log_prob, log_prob_and_entropy
 
 LOGITS = np.array([1.0, -0.5, 2.0, 0.0, -3.0, 1.5, 0.7, -1.0])
 MASK = np.array([True, True, False, True, True, False, True, True])
@@ -207,3 +207,23 @@ def test_entropy_is_that_of_the_truncated_distribution(settings: dict[str, Any])
     expected = -sum(x * np.log(x) for x in p if x > 0)
     assert entropy(shaped(settings)).item() == pytest.approx(expected, abs=1e-5)
     assert entropy(shaped(settings).requires_grad_()).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_scores_and_entropies_of_many_rows_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(7, 600), scale=3)
+    rows[:, ::5] = -np.inf
+    actions = 1 + 5 * rng.integers(119, size=7)
+    raw = torch.from_numpy(rows).float().requires_grad_()
+    monkeypatch.setattr("textenv.sampling.ENTROPY_AT_ONCE", 2 * 600)  # two rows at a time
+    scores, entropies = log_prob_and_entropy(raw, torch.from_numpy(actions))
+
+    p = np.exp(rows - rows.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(scores.detach(), np.log(p[np.arange(7), actions]), atol=1e-5)
+    np.testing.assert_allclose(entropies, -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(axis=1), atol=1e-5)
+    for _ in range(2):  # going back once more finds what was kept as it was
+        raw.grad = None
+        scores.sum().backward(retain_graph=True)
+        np.testing.assert_allclose(raw.grad, (np.arange(600) == actions[:, None]) - p, atol=1e-6)
+    assert not entropies.requires_grad
