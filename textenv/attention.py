@@ -64,7 +64,7 @@ class Rows:
 
 
 def _by_products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Masked attention by two products of matrices, after a copy that puts the queries of a head together.
+    """Masked attention of several queries in each row, by two products of matrices.
 
     Args:
         q: Shape: (B, Q, H, h).
@@ -282,14 +282,15 @@ class _Reading:
 
     def __init__(self, slots: Slots, mask: Tensor, grid: _Grid | None = None) -> None:
         self.heads, self.grid, self.mask = slots.heads, grid, mask.flatten(0, 1)
-        rows = len(self.mask)
-        self.stored = [(keys[:rows].mT, values[:rows]) for keys, values in slots.stored]
+        count = len(self.mask)
+        # by layer: (B K, h, T), (B K, T, h)
+        self.keys_values = [(keys[:count].mT, values[:count]) for keys, values in slots.stored]
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """See `Attend`."""
-        keys, values = self.stored[layer]
+        keys, values = self.keys_values[layer]
         queries = qkv[:, : self.heads]
-        if self.grid is None:  # the heads of a query that share keys stand together: nothing to be copied apart
+        if self.grid is None:  # one query in each row: its heads are in order
             return _products(queries.reshape(len(keys), -1, qkv.shape[2]), keys, values, self.mask).view(len(qkv), -1)
         return self.grid.gather(_by_products(self.grid.spread(queries), keys, values, self.mask))
 

@@ -307,7 +307,7 @@ def _merged(linear: Linear) -> Linear:
 
 
 def _turned(linear: Linear) -> Linear:
-    """The same, with its weight as (in, out)."""
+    """The same, with its weight as (in, out): one view instead of one in every pass."""
     if linear.transposed:
         return linear
     return Linear({"weight": linear.parameters["weight"].t(), "bias": linear.parameters["bias"]}, transposed=True)

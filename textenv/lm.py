@@ -18,17 +18,17 @@ import copy
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers import PreTrainedModel
 
 from textenv.attention import Slots
+from textenv.cache import LaneCache, PlainSlots
 from textenv.decoder import Decoder
 from textenv.packed import Packed
 from textenv.pair import pairable, paired
@@ -88,22 +88,22 @@ class LanguageModel:
         self.behaviour = behaviour or Behaviour()
         self.check = check
         self.vocab_size = vocab_size(model)
-        config = model.config.get_text_config()
-        self._scale = getattr(config, "logit_scale", None)  # of Cohere
-        self._scaling = getattr(config, "logits_scaling", None)  # of Granite
-        self._cap = getattr(config, "final_logit_softcapping", None)  # of Gemma 2
+        config = model.config.get_text_config()  # read once: to look these up takes as long as a kernel
+        self._logit_scale = getattr(config, "logit_scale", None)  # of Cohere
+        self._logits_scaling = getattr(config, "logits_scaling", None)  # of Granite
+        self._softcap = getattr(config, "final_logit_softcapping", None)  # of Gemma 2
         positions = max_positions(model)
         if positions is not None and max_tokens > positions:
             raise ValueError(
                 f"An observation holds up to {max_tokens} tokens (prompt and response), but the model has only {positions} "
                 "positions. Use shorter prompts or a smaller max_new_tokens."
             )
-        self._slots: OrderedDict[tuple[int, int], _Slots] = OrderedDict()
+        self._caches: OrderedDict[tuple[int, int], LaneCache] = OrderedDict()
         self.awaited: NDArray[np.int64] | None = None
         """What this model will be asked next, kept up to date by its environment; None where that is not known. Shape: (N, L)."""
         self._original: weakref.ref[LanguageModel] | None = None  # of a clone that may do so
-        self._joint: _Slots | None = None  # the cache of this model and its original
-        self._shared: weakref.ref[_Slots] | None = None  # the same, as the original knows it
+        self._joint: LaneCache | None = None  # the cache of this model and its original
+        self._shared: weakref.ref[LaneCache] | None = None  # the same, as the original knows it
         self._alone = False  # whether the two do not fit together (any more)
         self._packed_head: Packed | None = None
         self._weights = _WeightWatch(model)
@@ -140,14 +140,14 @@ class LanguageModel:
     def invalidate(self) -> None:
         """Forget everything cached. Called at each update; call it after writing weights in an unusual way."""
         self.generation += 1
-        self._slots.clear()
+        self._caches.clear()
         self._packed_head = None
         self._joint, self._shared, self._alone = None, None, False
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is cached: a copy makes its own."""
         forgotten = dict.fromkeys(("_packed_head", "_original", "_joint", "_shared"))
-        return vars(self) | forgotten | {"_slots": OrderedDict(), "_weights": _WeightWatch(self.model)}
+        return vars(self) | forgotten | {"_caches": OrderedDict(), "_weights": _WeightWatch(self.model)}
 
     def refresh(self) -> bool:
         """Forget everything cached if the weights have changed since the last call; whether they had."""
@@ -277,12 +277,12 @@ class LanguageModel:
             logits = self.model.get_output_embeddings()(hidden)
         else:
             logits = self._packed_head(hidden)
-        if self._scale is not None:
-            logits = logits * self._scale
-        if self._scaling is not None:
-            logits = logits / self._scaling
-        if self._cap is not None:
-            logits = torch.tanh(logits / self._cap) * self._cap
+        if self._logit_scale is not None:
+            logits = logits * self._logit_scale
+        if self._logits_scaling is not None:
+            logits = logits / self._logits_scaling
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits.float()
 
     def _pack_head(self) -> None:
@@ -312,17 +312,17 @@ class LanguageModel:
         """Logits and hidden states by the cache. Shape: (N, L) -> (N, V), (N, d)."""
         shared = _alive(self._shared)
         if shared is not None and shared.knows(observations):
-            slots, side = shared, 1
-        elif (joint := self._joint_slots(observations)) is not None:
-            slots, side = joint, 0
+            cache, side = shared, 1
+        elif (joint := self._joint_cache(observations)) is not None:
+            cache, side = joint, 0
         else:
-            slots, side = self._slots_for(*observations.shape), 0
-            slots.follow([self], observations)
+            cache, side = self._cache_for(*observations.shape), 0
+            cache.follow([self], observations)
         if self.check:
-            self._check_one_lane(observations, slots.logits[side])
-        return slots.logits[side], slots.states[side]
+            self._check_one_lane(observations, cache.logits[side])
+        return cache.logits[side], cache.states[side]
 
-    def _joint_slots(self, observations: NDArray[np.int64]) -> _Slots | None:
+    def _joint_cache(self, observations: NDArray[np.int64]) -> LaneCache | None:
         """The cache of this model and its original, up to date, where the original awaits the same and has no answer yet."""
         original = _alive(self._original)
         if original is None:
@@ -330,7 +330,7 @@ class LanguageModel:
             return None
         if original.awaited is None or self._alone or not np.array_equal(original.awaited, observations):
             return None
-        shared, own = _alive(original._shared), original._slots.get(observations.shape)
+        shared, own = _alive(original._shared), original._caches.get(observations.shape)
         if (shared is not None and shared is not self._joint) or (own is not None and own.knows(observations)):
             return None  # another clone has answered, or the original itself
         if shared is None or shared.tokens.shape != observations.shape:
@@ -339,7 +339,7 @@ class LanguageModel:
             if pair is None:
                 self._joint, self._alone = None, True
                 return None
-            self._joint = _Slots(Slots(pair, *observations.shape), *observations.shape)
+            self._joint = LaneCache(Slots(pair, *observations.shape), *observations.shape)
             original._shared = weakref.ref(self._joint)
             self._pack_head()
             original._pack_head()
@@ -347,18 +347,18 @@ class LanguageModel:
         self._joint.follow([self, original], observations)
         return self._joint
 
-    def _slots_for(self, lanes: int, width: int) -> _Slots:
+    def _cache_for(self, lanes: int, width: int) -> LaneCache:
         """The cache of this batch size; a batch of another size is another set of lanes. The four last used are kept."""
         key = (lanes, width)
-        if key not in self._slots:
-            while len(self._slots) > 3:
-                self._slots.popitem(last=False)
+        if key not in self._caches:
+            while len(self._caches) > 3:
+                self._caches.popitem(last=False)
             decoder = Decoder.of(self.model.base_model)
-            keys = _PlainSlots(self.model, lanes, width) if decoder is None else Slots(decoder.fused(), lanes, width)
-            self._slots[key] = _Slots(keys, lanes, width)
+            keys = PlainSlots(self.model, lanes, width) if decoder is None else Slots(decoder.fused(), lanes, width)
+            self._caches[key] = LaneCache(keys, lanes, width)
             self._pack_head()
-        self._slots.move_to_end(key)
-        return self._slots[key]
+        self._caches.move_to_end(key)
+        return self._caches[key]
 
     def _check_one_lane(self, observations: NDArray[np.int64], logits: torch.Tensor) -> None:
         lane = self._calls % len(observations)
@@ -434,173 +434,6 @@ class LanguageModel:
 
 class _CacheMismatchError(Exception):
     """The probe's cached logits differ from the plain forward pass."""
-
-
-class _Slots:
-    """The key/value cache of N lanes of a model, or of two: one preallocated row each, written at that lane's own position.
-
-    No lane waits for another and nothing is padded on the left.
-    """
-
-    def __init__(self, keys: Slots | _PlainSlots, lanes: int, width: int) -> None:
-        self.keys = keys
-        self.tokens = np.full((lanes, width), -1, np.int64)
-        self.length = np.zeros(lanes, np.int64)  # tokens whose keys and values are written
-        self.lane = np.arange(lanes)  # row of the key/value tensors -> its lane
-        self.seen: NDArray[np.int64] | None = None  # the observations that all lanes have followed
-        self.logits: list[torch.Tensor] = []  # of each model, after each lane's last token: (N, V)
-        self.states: list[torch.Tensor] = []  # what they are read from: (N, d)
-
-    def knows(self, observations: NDArray[np.int64]) -> bool:
-        """Whether `logits` are up to date with them. Shape: (N, L)."""
-        return self.seen is not None and np.array_equal(self.seen, observations)
-
-    def follow(self, models: Sequence[LanguageModel], observations: NDArray[np.int64]) -> None:
-        """Bring `logits` up to date with `observations`. Shape: (N, L)."""
-        position = np.arange(observations.shape[1])
-        padding = observations == models[0].vocab_size
-        lengths = observations.shape[1] - padding.sum(axis=1)
-        prefix = ((self.tokens == observations) | (position >= self.length[:, None])).all(axis=1)
-        stale = ~prefix | (self.length != lengths) | (self.length == 0)
-        if not stale.any():
-            return
-        start = np.where(prefix & (self.length < lengths), self.length, 0)
-        self.length[stale], self.seen = 0, None  # if the pass below fails, these lanes start over
-        lanes = self._pack(stale)
-        # padding may also stand inside, in an observation that no environment gives
-        ids = np.where(padding, 0, observations)[lanes]
-        passed = self.keys.step(ids, start[lanes], lengths[lanes])
-        new = list(passed) if len(models) > 1 else [passed]
-        if len(lanes) == len(stale):
-            in_order = (lanes[1:] > lanes[:-1]).all()
-            order = None if in_order else torch.from_numpy(np.argsort(lanes)).to(passed.device)
-            self.states = [states.clone() if order is None else states[order] for states in new]
-            self.logits = [lm.head(states) for lm, states in zip(models, self.states, strict=True)]
-        else:
-            at = torch.from_numpy(lanes).to(passed.device)
-            for k, (lm, states) in enumerate(zip(models, new, strict=True)):
-                logits = lm.head(states)
-                if len(self.logits) <= k:
-                    self.logits.append(logits.new_zeros(len(stale), logits.shape[-1]))
-                    self.states.append(states.new_zeros(len(stale), states.shape[-1]))
-                self.logits[k][at], self.states[k][at] = logits, states
-        self.tokens[stale], self.length[stale] = observations[stale], lengths[stale]
-        self.seen = observations.copy()
-
-    def _pack(self, stale: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Move the rows of some lanes to the front: as lanes fall idle the batch shrinks.
-
-        Args:
-            stale: Which lanes. Shape: (N,).
-
-        Returns:
-            These lanes, in the order of their rows. Shape: (B,).
-        """
-        n = int(stale.sum())
-        behind = n + np.flatnonzero(stale[self.lane[n:]])
-        if len(behind):
-            free = np.flatnonzero(~stale[self.lane[:n]])
-            self.keys.swap(behind.tolist(), free.tolist())
-            self.lane[behind], self.lane[free] = self.lane[free], self.lane[behind]
-        return self.lane[:n].copy()
-
-
-class _PlainSlots:
-    """Keys and values for `transformers`: a 4-D additive mask and position ids of each lane carry the raggedness.
-
-    The mask is float because a boolean one is silently wrong under eager attention.
-    """
-
-    def __init__(self, model: PreTrainedModel, lanes: int, width: int) -> None:
-        self.model = model
-        self.layers = [_SlotLayer(lanes, width) for _ in range(model.config.get_text_config().num_hidden_layers)]
-
-    def step(self, tokens: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]) -> torch.Tensor:
-        """As `Slots.step`, in two passes: all but the last tokens of lanes with several, then the last ones."""
-        rows = np.arange(len(tokens))
-        early = np.flatnonzero(stop - start > 1)
-        if len(early):
-            self._forward(tokens[early], early, start[early], stop[early] - 1)
-        return self._forward(tokens, rows, stop - 1, stop)[:, -1]
-
-    def swap(self, a: list[int], b: list[int]) -> None:
-        """Exchange rows pairwise."""
-        for layer in self.layers:
-            layer.swap(a, b)
-
-    def _forward(
-        self, tokens: NDArray[np.int64], rows: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]
-    ) -> torch.Tensor:
-        """Write tokens [start, stop). Lanes with fewer write rubbish after `stop`, masked until overwritten."""
-        positions = np.minimum(start[:, None] + np.arange((stop - start).max()), tokens.shape[1] - 1)
-        ids = np.take_along_axis(tokens, positions, axis=1)
-        ids = np.where(positions < stop[:, None], ids, 0)
-        horizon = int(positions.max()) + 1
-        device, dtype = self.model.device, self.model.dtype
-        place = torch.from_numpy(positions).to(device)
-        hidden_keys = torch.arange(horizon, device=device) > place[:, None, :, None]
-        mask = torch.zeros(hidden_keys.shape, dtype=dtype, device=device).masked_fill_(
-            hidden_keys, torch.finfo(dtype).min
-        )
-        in_order = bool((rows == np.arange(len(rows))).all())
-        for layer in self.layers:
-            layer.aim(torch.from_numpy(rows).to(device), place, horizon, in_order)
-        states = self.model.base_model(
-            input_ids=torch.from_numpy(ids).to(device),
-            attention_mask=mask,
-            position_ids=place,
-            past_key_values=Cache(layers=list(self.layers)),
-            use_cache=True,
-        ).last_hidden_state
-        assert isinstance(states, torch.Tensor)
-        return states
-
-
-class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values, for `transformers.Cache`. Shape: (N, heads, L, head size)."""
-
-    is_croppable = False
-
-    def __init__(self, lanes: int, width: int) -> None:
-        super().__init__()
-        self.lanes, self.width = lanes, width
-
-    def aim(self, rows: torch.Tensor, positions: torch.Tensor, horizon: int, in_order: bool) -> None:
-        """Say where the next `update` writes: rows (B,), positions (B, Q); keys up to `horizon` are read back."""
-        self.rows, self.positions, self.horizon, self.in_order = rows, positions, horizon, in_order
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        def empty(states: torch.Tensor) -> torch.Tensor:
-            return states.new_zeros(self.lanes, states.shape[1], self.width, states.shape[3])
-
-        self.keys, self.values = empty(key_states), empty(value_states)
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        return self._write(self.keys, key_states), self._write(self.values, value_states)
-
-    def _write(self, store: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        store[self.rows[:, None], :, self.positions] = states.transpose(1, 2)
-        written = store[:, :, : self.horizon]
-        return written[: len(self.rows)] if self.in_order else written[self.rows]
-
-    def swap(self, a: list[int], b: list[int]) -> None:
-        """Exchange rows pairwise."""
-        for store in (self.keys, self.values):
-            store[a + b] = store[b + a]
-
-    def get_seq_length(self) -> int:
-        return 0  # positions are passed explicitly; nothing may be derived from a common length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.horizon, 0
-
-    def get_max_length(self) -> int:
-        return self.width
 
 
 _T = TypeVar("_T")

@@ -178,9 +178,9 @@ def test_keys_and_values_are_freed_at_once_when_weights_change() -> None:
         lm.next_logits(row)
         row[0, 3] = 6
         lm.next_logits(row)  # a step that the next one could go on from
-        [slots] = lm._slots.values()
-        store = weakref.ref(slots.keys)
-        del slots
+        [cache] = lm._caches.values()
+        store = weakref.ref(cache.keys)
+        del cache
         lm.invalidate()
         assert store() is None
     finally:
