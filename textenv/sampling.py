@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.autograd.function import once_differentiable
 
 ActionMask: TypeAlias = "NDArray[np.bool_] | Callable[[NDArray[np.int64]], NDArray[np.bool_]]"
 """Allowed tokens: a fixed (V,) bool array, or a function of observations (N, L) that returns (N, V) bool."""
@@ -94,7 +95,7 @@ class Behaviour:
 
 
 def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """The log-probability of `actions` under `logits`. Differentiable. Shapes: (M, V), (M,) -> (M,). Unit: nats."""
+    """The log-probability of `actions` under `logits`. Differentiable, once. Shapes: (M, V), (M,) -> (M,). Unit: nats."""
     value: torch.Tensor = _Scores.apply(logits, actions, False)[0]  # type: ignore[no-untyped-call]  # torch has no annotation for it
     return value
 
@@ -106,7 +107,7 @@ def log_prob_and_entropy(logits: torch.Tensor, actions: torch.Tensor) -> tuple[t
 
 
 class _Scores(torch.autograd.Function):
-    """Keeps probabilities for the backward pass, where autograd would keep logits or their logarithms: nobody needs those any more."""
+    """Keeps the probabilities, which are all that the gradient needs: the logits can be freed, and no softmax is taken twice."""
 
     @staticmethod
     def forward(
@@ -123,6 +124,7 @@ class _Scores(torch.autograd.Function):
         return chosen, uncertainty
 
     @staticmethod
+    @once_differentiable  # what is kept is a constant to autograd: a second derivative would be wrong
     def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:
         p, actions = ctx.saved_tensors
         out = p * -gradient[..., None]
@@ -144,7 +146,7 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 ENTROPY_AT_ONCE = 1 << 18
-"""Logits that a processor's cache holds with their products with probabilities: no array of (M, V) is made of these."""
+"""Logits that a processor's cache holds together with their products with probabilities."""
 
 
 def _entropy(logits: torch.Tensor, p: torch.Tensor, normaliser: torch.Tensor) -> torch.Tensor:

@@ -209,7 +209,7 @@ def test_entropy_is_that_of_the_truncated_distribution(settings: dict[str, Any])
     assert entropy(shaped(settings).requires_grad_()).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_scores_and_entropies_of_many_rows_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_entropies_and_gradients_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(7, 600), scale=3)
     rows[:, ::5] = -np.inf
@@ -227,3 +227,15 @@ def test_scores_and_entropies_of_many_rows_in_one(monkeypatch: pytest.MonkeyPatc
         scores.sum().backward(retain_graph=True)
         np.testing.assert_allclose(raw.grad, (np.arange(600) == actions[:, None]) - p, atol=1e-6)
     assert not entropies.requires_grad
+
+
+def test_a_second_derivative_of_a_score_is_refused() -> None:
+    logits = torch.zeros(1, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(log_prob(logits, torch.tensor([1])).exp().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.pow(2).sum().backward()
+
+
+def test_no_rows_have_no_scores() -> None:
+    scores, entropies = log_prob_and_entropy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+    assert scores.shape == entropies.shape == (0,)
