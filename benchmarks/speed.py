@@ -188,7 +188,7 @@ def rollouts(bench: Bench, shape: Shape, lanes: int, stops: bool, name: str) -> 
         ),
     ]
     sides = bench.settle(sides, "rollout", shape.name, str(lanes))
-    runs = interleave(sides, bench.size.rounds_of(shape))
+    runs = interleave(sides, bench.size.repeats_of(shape))
     check_same_work(runs, budget, episodes, stops)
     return [compare(f"{name}/{lane}", sides, runs, lane, "generate") for lane in ("deferred", "step")]
 
@@ -213,7 +213,7 @@ def lanes(bench: Bench, shape: Shape, stops: bool, name: str) -> list[Row]:
 
     sides = [side("step", gym.vector.VectorWrapper), side("deferred", lambda env: env)]
     sides = bench.settle(sides, "lanes", shape.name)
-    runs = interleave(sides, bench.size.rounds_of(shape))
+    runs = interleave(sides, bench.size.repeats_of(shape))
     check_same_work(runs, budget, episodes, stops)
     return [compare(name, sides, runs, "step", "deferred")]
 
@@ -281,7 +281,7 @@ def iterations(bench: Bench, shape: Shape, algorithm: str, stops: bool, name: st
     runs: dict[str, list[Run]] = {"textenv": []}
     given = agent.accounts["gradient_tokens"]
     runs["TRL"] = trl.run(
-        1 + bench.size.rounds_of(shape),
+        1 + bench.size.repeats_of(shape),
         threads,
         between=lambda: runs["textenv"].extend(interleave([ours], 1)["textenv"]),
     )
@@ -421,7 +421,7 @@ def updates(bench: Bench, shape: Shape, episodes: int, name: str) -> list[Row]:
     if shape.name == bench.size.shapes[0]:  # as slow as the prefix rows: the small model is enough
         sb3 = peers.sb3_update(envs(), budget, minibatches=2, learning_rate=LEARNING_RATE)
         sides.append(Side("stable-baselines3", sb3, sb3, threads))  # the same work as the prefix rows
-    runs = interleave(sides, bench.size.rounds_of(shape))
+    runs = interleave(sides, bench.size.repeats_of(shape))
     check_same_work(runs, budget, episodes, stops=False)
     notes = f"{name}: the micro-batch of the rows is {micro_batch}"
     return [
@@ -461,7 +461,7 @@ def floors(bench: Bench, shape: Shape, name: str) -> list[Row]:
         name,
     )
     given = agent.accounts["gradient_tokens"]
-    runs = interleave(sides, bench.size.rounds_of(shape))
+    runs = interleave(sides, bench.size.repeats_of(shape))
     check_same_work(runs, budget, episodes, stops=False)
     if agent.accounts["gradient_tokens"] - given != 2 * sum(run.tokens for run in runs["textenv"]):
         raise RuntimeError("PPO has not given every token a gradient in both epochs.")
@@ -494,7 +494,7 @@ def stub_env(bench: Bench) -> list[Curve]:
         sides = [Side("step lane", step_lane, step_lane), Side("deferred lane", deferred_lane, deferred_lane)]
         for side in sides:
             side.probe()
-        for name, runs in interleave(sides, bench.size.rounds_of_curves).items():
+        for name, runs in interleave(sides, bench.size.curve_repeats).items():
             rates[name].append(float(np.median([run.rate for run in runs])))
     return [Curve(name, bench.size.env_lanes, tuple(values)) for name, values in rates.items()]
 
@@ -525,7 +525,7 @@ def token_cost(bench: Bench, axis: str, value: int) -> tuple[int, float]:
     policy, rng = Policy(envs.unwrapped.reference), np.random.default_rng(SEED)
     side = Side("textenv", lambda: rollout(envs, policy, at["lanes"], rng), lambda: 0)
     side.run()  # warm-up
-    runs = interleave([side], bench.size.rounds_of_curves)["textenv"]
+    runs = interleave([side], bench.size.curve_repeats)["textenv"]
     size = sum(p.numel() for p in model.parameters()) if axis == "width" else value
     return size, 1e6 / float(np.median([run.rate for run in runs]))
 
@@ -629,7 +629,7 @@ class SpeedArguments:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in the rollouts, on both sides. All else is float32."""
     repeats: int | None = None
-    """Rounds (default: 11 of the smallest model, 5, and 3 of the largest)."""
+    """Rounds (default: 11 of the smallest model, 3 of the largest, else 5; with `smoke` 2)."""
     out: Path = Path("runs/speed")
     """Where speed.json and table.md go."""
 
@@ -659,7 +659,7 @@ def run_speed(options: SpeedArguments) -> dict[str, Any]:
     console = Console()
     size = SIZES[options.size]
     if options.repeats is not None:
-        size = replace(size, rounds=(options.repeats,) * len(size.rounds))
+        size = replace(size, repeats=(options.repeats,) * len(size.repeats), curve_repeats=options.repeats)
     wanted = [part for part in parts(size) if not options.only or part.name.startswith(options.only)]
     report: dict[str, Any] = {"command": options.command, "dtype": options.dtype, "machine": machine()}
     report |= {"rows": [], "curves": [], "skipped": {}}

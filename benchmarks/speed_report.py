@@ -251,12 +251,13 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the report as text."""
     ours, peer = row["sides"][row["ours"]], row["sides"][row["peer"]]
     aim = Aim(**row["aim"]) if row["aim"] else None
+    repeats = len(ours.get("seconds", [0]))  # memory is measured once
     return (
         row["name"],
         f"{ours['rate']:,.0f}",
         f"{peer['rate']:,.0f}",
         f"{row['ratio']:.2f}",
-        f"{row['low']:.1f}-{row['high']:.1f}",
+        f"{repeats}: {row['low']:.1f}-{row['high']:.1f}" if repeats > 1 else "1",
         f"{ours['threads']}, {peer['threads']}",
         "" if aim is None else f"{aim} {'met' if aim.met(row['ratio']) else 'missed'}",
     )

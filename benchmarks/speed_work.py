@@ -78,8 +78,10 @@ class Size:
     """Episodes and response tokens of an RLOO, GRPO or PPO iteration."""
     update: tuple[int, ...]
     """Episodes of the PPO update against prefix rows, per model."""
-    rounds: tuple[int, ...]
-    """Per model, the large one last: more of those that take a second, for these scatter."""
+    repeats: tuple[int, ...]
+    """Rounds, per model, the large one last: more of those that take a second, for these scatter."""
+    curve_repeats: int
+    """Rounds of the environment alone and of what grows."""
     env_lanes: tuple[int, ...]
     """Of the environment alone."""
     growth: Mapping[str, tuple[int, ...]]
@@ -87,14 +89,9 @@ class Size:
     base: Mapping[str, int]
     """Where it stays meanwhile."""
 
-    def rounds_of(self, shape: Shape) -> int:
+    def repeats_of(self, shape: Shape) -> int:
         """Rounds of a model."""
-        return self.rounds[(*self.shapes, self.large).index(shape.name)]
-
-    @property
-    def rounds_of_curves(self) -> int:
-        """Rounds of the environment alone and of what grows."""
-        return min(5, self.rounds[0])
+        return self.repeats[(*self.shapes, self.large).index(shape.name)]
 
 
 SIZES = {
@@ -105,7 +102,8 @@ SIZES = {
         budget=64,
         iteration=(64, 48),
         update=(16, 8),
-        rounds=(11, 5, 3),
+        repeats=(11, 5, 3),
+        curve_repeats=5,
         env_lanes=(1, 4, 16, 64, 256, 1024),
         growth={
             "lanes": (1, 4, 16, 64, 256),
@@ -122,7 +120,8 @@ SIZES = {
         budget=9,
         iteration=(8, 6),
         update=(4,),
-        rounds=(2,),
+        repeats=(2,),
+        curve_repeats=2,
         env_lanes=(1, 4),
         growth={"lanes": (1, 2), "vocabulary": (64, 128), "length": (4, 8), "width": (16, 32)},
         base={"lanes": 2, "vocabulary": 64, "length": 4, "width": 16},
