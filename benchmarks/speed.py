@@ -636,7 +636,7 @@ class SpeedArguments:
     def __post_init__(self) -> None:
         names = [part.name for part in parts(SIZES[self.size])]
         for wanted in self.only:
-            if not any(name.startswith(wanted) for name in names):
+            if not wanted or not any(name.startswith(wanted) for name in names):
                 hint = did_you_mean(wanted, [*names, *dict.fromkeys(name.partition("-")[0] for name in names)])
                 raise UsageError(f"Expected --only to be some of {', '.join(names)}, got {wanted!r}.{hint}")
         if self.repeats is not None and self.repeats < 1:
@@ -665,7 +665,12 @@ def run_speed(options: SpeedArguments) -> dict[str, Any]:
     report |= {"rows": [], "curves": [], "skipped": {}}
     if busy := busy_machine():
         console.print(f"[yellow]{busy}[/yellow]")
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"Expected --out to be a directory that can be made, got {str(options.out)!r}: {error.strerror}."
+        ) from None
     begin = time.perf_counter()
     pool = ProcessPoolExecutor(1, mp_context=clean_processes(), max_tasks_per_child=1)
     with tempfile.TemporaryDirectory(prefix="textenv-speed-") as folder, pool:

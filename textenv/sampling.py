@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.autograd.function import once_differentiable
 
 ActionMask: TypeAlias = "NDArray[np.bool_] | Callable[[NDArray[np.int64]], NDArray[np.bool_]]"
 """Allowed tokens: a fixed (V,) bool array, or a function of observations (N, L) that returns (N, V) bool."""
@@ -95,14 +94,14 @@ class Behaviour:
 
 
 def log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """The log-probability of `actions` under `logits`. Differentiable, once. Shapes: (M, V), (M,) -> (M,). Unit: nats."""
+    """The log-probability of `actions` under `logits`. Differentiable. Shapes: (M, V), (M,) -> (M,). Unit: nats."""
     value: torch.Tensor = _Scores.apply(logits, actions, False)[0]  # type: ignore[no-untyped-call]  # torch has no annotation for it
     return value
 
 
 def log_prob_and_entropy(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`log_prob`, and `entropy` without its gradient, from one softmax. Shapes: (M, V), (M,) -> (M,), (M,). Unit: nats."""
-    values: tuple[torch.Tensor, torch.Tensor] = _Scores.apply(logits, actions, True)  # type: ignore[no-untyped-call]  # torch has no annotation for it
+    values: tuple[torch.Tensor, torch.Tensor] = _Scores.apply(logits, actions, True)[:2]  # type: ignore[no-untyped-call]  # torch has no annotation for it
     return values
 
 
@@ -112,23 +111,32 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, actions: torch.Tensor, with_entropy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        ctx.set_materialize_grads(False)
         p = logits.softmax(dim=-1)
         ctx.save_for_backward(p, actions)
-        normaliser = log_sum_exp(logits, p)
-        chosen = logits.gather(-1, actions[..., None]).squeeze(-1) - normaliser
-        if not with_entropy:
-            return chosen, None
-        uncertainty = _entropy(logits, p, normaliser)
-        ctx.mark_non_differentiable(uncertainty)
-        return chosen, uncertainty
+        chosen = logits.gather(-1, actions[..., None]).squeeze(-1) - log_sum_exp(logits, p)
+        uncertainty = _entropy(logits, p) if with_entropy else None
+        if uncertainty is not None:
+            ctx.mark_non_differentiable(uncertainty)
+        return (
+            chosen,
+            uncertainty,
+            p,
+        )  # p for second derivatives: autograd follows outputs, and nothing else that is kept
 
     @staticmethod
-    @once_differentiable  # what is kept is a constant to autograd: a second derivative would be wrong
-    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:
+    def backward(
+        ctx: Any, gradient: torch.Tensor | None, _: Any, gradient_of_p: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, None, None]:
         p, actions = ctx.saved_tensors
-        out = p * -gradient[..., None]
-        return out.scatter_add_(-1, actions[..., None], gradient[..., None]), None, None
+        out = None
+        if gradient is not None:
+            out = (p * -gradient[..., None]).scatter_add_(-1, actions[..., None], gradient[..., None])
+        if gradient_of_p is not None:
+            through_p = p * (gradient_of_p - (gradient_of_p * p).sum(dim=-1, keepdim=True))
+            out = through_p if out is None else out + through_p
+        return out, None, None
 
 
 def log_sum_exp(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
@@ -141,18 +149,20 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled() and logits.requires_grad:
         log_p = logits.log_softmax(dim=-1)
         return -(log_p.exp() * log_p.clamp(min=-1e9)).sum(dim=-1)
-    p = logits.softmax(dim=-1)
-    return _entropy(logits, p, log_sum_exp(logits, p))
+    return _entropy(logits, logits.softmax(dim=-1))
 
 
 ENTROPY_AT_ONCE = 1 << 18
 """Logits that a processor's cache holds together with their products with probabilities."""
 
 
-def _entropy(logits: torch.Tensor, p: torch.Tensor, normaliser: torch.Tensor) -> torch.Tensor:
+def _entropy(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """On a CPU a few rows at a time: an array of (M, V) costs more to be made than to be summed."""
     rows = max(1, ENTROPY_AT_ONCE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
-    parts = zip(logits.split(rows), p.split(rows), strict=True)
-    return normaliser - torch.cat([(x * q).nansum(dim=-1) for x, q in parts])  # -inf times 0 counts nothing
+    highest = logits.amax(dim=-1, keepdim=True)  # taken off first: an offset of all logits would cost digits
+    parts = zip(logits.split(rows), highest.split(rows), p.split(rows), strict=True)
+    mean = torch.cat([((x - top) * q).nansum(dim=-1) for x, top, q in parts])  # -inf times 0 counts nothing
+    return -p.amax(dim=-1).log() - mean
 
 
 DRAW_DIRECTLY = 2_048

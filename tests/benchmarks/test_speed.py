@@ -316,8 +316,16 @@ def test_every_aim_belongs_to_a_part() -> None:
 def test_a_wrong_part_is_answered_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="Did you mean"):
         SpeedArguments(only=("rolout-15M-64-self",))
+    with pytest.raises(UsageError, match="--only to be some of"):
+        SpeedArguments(only=("",))  # an empty shell variable is not half an hour's work
     with pytest.raises(UsageError, match="repeats"):
         SpeedArguments(repeats=0)
+
+
+def test_figures_that_cannot_be_kept_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="--out to be a directory that can be made.*Not a directory"):
+        run_speed(SpeedArguments(only=("env",), size="smoke", out=tmp_path / "file" / "speed"))
 
 
 def test_a_cost_that_grows_faster_than_linear_is_explained() -> None:

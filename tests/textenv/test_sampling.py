@@ -229,11 +229,28 @@ def test_scores_entropies_and_gradients_of_many_rows(monkeypatch: pytest.MonkeyP
     assert not entropies.requires_grad
 
 
-def test_a_second_derivative_of_a_score_is_refused() -> None:
-    logits = torch.zeros(1, 3, requires_grad=True)
-    (gradient,) = torch.autograd.grad(log_prob(logits, torch.tensor([1])).exp().sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.pow(2).sum().backward()
+@pytest.mark.parametrize("before", [lambda x: x, torch.square], ids=["leaf", "behind a square"])
+@pytest.mark.parametrize("after", [torch.sum, lambda s: s.exp().sum()], ids=["linear", "exponential"])
+def test_second_derivatives_of_scores_are_those_of_the_plain_formula(before: Any, after: Any) -> None:
+    weights = torch.linspace(-1.0, 2.0, 12, dtype=torch.float64).view(3, 4)
+    actions = torch.tensor([3, 0, 2])
+
+    def plain(w: torch.Tensor) -> torch.Tensor:
+        return after(before(w).log_softmax(dim=-1).gather(1, actions[:, None]))
+
+    def ours(w: torch.Tensor) -> torch.Tensor:
+        return after(log_prob(before(w), actions))
+
+    hessian = torch.autograd.functional.hessian
+    torch.testing.assert_close(hessian(ours, weights), hessian(plain, weights))
+
+
+def test_an_offset_of_all_logits_leaves_the_entropy_as_it_is() -> None:
+    logits = torch.from_numpy(
+        np.random.default_rng(0).integers(-8, 8, size=(5, 100)) / 4
+    ).float()  # exact with an offset, too
+    scored = log_prob_and_entropy(logits + 10_000, torch.zeros(5, dtype=torch.long))[1]
+    assert torch.equal(scored, log_prob_and_entropy(logits, torch.zeros(5, dtype=torch.long))[1])
 
 
 def test_no_rows_have_no_scores() -> None:
