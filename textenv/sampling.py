@@ -119,11 +119,8 @@ class _Scores(torch.autograd.Function):
         uncertainty = _entropy(logits, p) if with_entropy else None
         if uncertainty is not None:
             ctx.mark_non_differentiable(uncertainty)
-        return (
-            chosen,
-            uncertainty,
-            p,
-        )  # p for second derivatives: autograd follows outputs, and nothing else that is kept
+        # p, too, for second derivatives: of what is kept, autograd follows inputs and outputs alone
+        return chosen, uncertainty, p
 
     @staticmethod
     def backward(
