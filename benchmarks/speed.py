@@ -54,7 +54,7 @@ from benchmarks.speed_work import (
     variety,
 )
 from rewards import RewardModel
-from textenv.cli.arguments import UsageError
+from textenv.cli.arguments import UsageError, usage_errors
 from textenv.ledger import Episodes
 from textenv.prompts import did_you_mean
 from textenv.task import quiet_loading
@@ -665,12 +665,8 @@ def run_speed(options: SpeedArguments) -> dict[str, Any]:
     report |= {"rows": [], "curves": [], "skipped": {}}
     if busy := busy_machine():
         console.print(f"[yellow]{busy}[/yellow]")
-    try:
+    with usage_errors():
         options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"Expected --out to be a directory that can be made, got {str(options.out)!r}: {error.strerror}."
-        ) from None
     begin = time.perf_counter()
     pool = ProcessPoolExecutor(1, mp_context=clean_processes(), max_tasks_per_child=1)
     with tempfile.TemporaryDirectory(prefix="textenv-speed-") as folder, pool:

@@ -324,7 +324,7 @@ def test_a_wrong_part_is_answered_with_the_nearest() -> None:
 
 def test_figures_that_cannot_be_kept_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"--out to be a directory that can be made.*Not a directory"):
+    with pytest.raises(UsageError, match="Not a directory"):
         run_speed(SpeedArguments(only=("env",), size="smoke", out=tmp_path / "file" / "speed"))
 
 
